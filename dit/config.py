@@ -1,0 +1,133 @@
+"""The keys of `dit/main.py`: model, training, sampling and evaluation of a generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dit.model import NAMES
+from ssdd.engine.images import DatasetConfig
+from ssdd.engine.precision import PRECISIONS
+
+
+@dataclass
+class ModelConfig:
+    """The network; latent shape and classes come from the cache."""
+
+    name: str = field(default="DiT-S/2", metadata={"choices": NAMES})
+    """Size and patch, such as DiT-XL/2."""
+    learn_sigma: bool = False
+    """Predict 2 C channels as the published DiT files do; the flow loss uses the first C."""
+    class_dropout: float = 0.1
+    """Share of training labels replaced by the null class; 0 builds a model without one, and without guidance."""
+    time_scale: float = 1000.0
+    """What t in [0, 1] is multiplied by before the network sees it; SiT files use 1."""
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of the weights, which sampling uses."""
+
+    decay: float = 0.9999
+    """Decay a step; it ramps up as (1 + k) / (10 + k) over the first updates."""
+    start_iter: int = 0
+    """Step at which averaging starts, at most a tenth of the planned steps; before it the average is a copy."""
+
+
+@dataclass
+class TrainingConfig:
+    """Flow-matching training on a latent cache."""
+
+    steps: int = 400_000
+    """Optimiser steps."""
+    batch_size: int = 256
+    """Latents a step, over all processes and accumulated parts."""
+    accumulate: int = 1
+    """Parts that a step's batch is split into, to save memory."""
+    lr: float = 1e-4
+    """Learning rate of AdamW after warm-up, constant."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly."""
+    beta2: float = 0.999
+    """AdamW's second beta; the first is 0.9."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    t_sampling: str = field(default="logit_normal", metadata={"choices": ("logit_normal", "uniform")})
+    """Distribution of training times."""
+    t_mean: float = 0.0
+    """Mean of logit(t), for logit_normal; above 0 leans to the noise."""
+    t_std: float = 1.0
+    """Deviation of logit(t), for logit_normal."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Averaged weights."""
+    save_every: int = 5_000
+    """Steps between checkpoints; `last` is also written at the end."""
+    log_freq: int = 100
+    """Steps between lines of metrics.jsonl, and between the only waits for the device."""
+    mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
+    """Autocast; auto is bf16 where the device computes in it natively, else float32. Weights stay float32."""
+    compile: bool = False
+    """torch.compile the network."""
+
+
+@dataclass
+class SamplingConfig:
+    """Drawing latents from a trained generator."""
+
+    checkpoint: str | None = None
+    """Checkpoint reference: run, run@last, run@best, folder or .safetensors file (default: run_name). EMA weights."""
+    n: int = 10_000
+    """Number of samples."""
+    seed: int = 0
+    """Sample i depends on the seed and i alone."""
+    balanced: bool = True
+    """Sample i is of class i modulo the number of classes; false draws classes at random."""
+    steps: int = 50
+    """Euler steps, each one network evaluation (two rows a sample where guidance is on)."""
+    shift: float = 1.0
+    """Time shift s of the grid, t -> s t / (1 + (s - 1) t); above 1 is finer near the noise."""
+    cfg_scale: float = 1.5
+    """Guidance scale; 1 is no guidance."""
+    cfg_channels: int | None = None
+    """Guide the first channels only (3 reproduces DiT's and SiT's tables); null guides all."""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which guidance is on; outside it the unconditional half is not computed."""
+    batch_size: int = 256
+    """Samples drawn together and kept as one chunk, which is what an interrupted run does not repeat."""
+    mixed_precision: str = field(default="no", metadata={"choices": PRECISIONS})
+    """Autocast of the network; the solver's state stays float32."""
+
+
+@dataclass
+class DiTConfig:
+    """Class-conditional generator on a latent cache: train, sample, evaluate."""
+
+    task: str = field(default="train", metadata={"choices": ("train", "sample", "evaluate")})
+    """What to do."""
+    run_name: str = "dit"
+    """Name of the run: its folder is ckpt_dir/jobs/run_name. Training resumes a run of the same name."""
+    ckpt_dir: str = "runs"
+    """Where runs live, and where checkpoint references are looked up."""
+    seed: int = 0
+    """Seed of initial weights, data order and all training draws."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time; on a CPU they all do."""
+    cache: str | None = None
+    """train: folder written by `python -m latent_cache build`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Training."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling."""
+    out: str | None = None
+    """sample, evaluate: folder for the results (default: samples or evaluation inside the run's folder)."""
+    samples: str | None = None
+    """evaluate: folder of a sample set."""
+    decoders: list[str] = field(default_factory=list)
+    """evaluate: decoders of the same latents, each `name:checkpoint reference:steps`."""
+    features: list[str] = field(default_factory=list)
+    """evaluate: feature networks of the distances: inception, efficientnet_lite0, classifier:FILE."""
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    """evaluate: real images to compare with."""

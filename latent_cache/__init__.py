@@ -1,0 +1,7 @@
+"""Images to normalised latents, once: WebDataset shards that are exact, resumable and read at memory speed."""
+
+from __future__ import annotations
+
+from latent_cache.dataset import LatentDataset
+
+__all__ = ["LatentDataset"]

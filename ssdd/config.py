@@ -1,0 +1,169 @@
+"""The keys of `ssdd/main.py`, named and defaulted as in the published training code (v2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ssdd.decoder import DECODER_SIZES
+from ssdd.engine.precision import PRECISIONS
+from ssdd.engine.sources import DatasetConfig
+
+
+@dataclass
+class SamplerConfig:
+    """Euler sampling of the decoder."""
+
+    steps: int = 12
+    """Steps of evaluation; in distillation, those of the teacher (the student always takes one)."""
+    t_pow_shift: float = 2.0
+    """Exponent of the time grid linspace(1, 0)^p."""
+
+
+@dataclass
+class TimeConfig:
+    """Training times t = sigmoid(N(t_mean, t_std^2))."""
+
+    t_mean: float = 0.0
+    """Mean of logit(t); above 0 leans to the noise."""
+    t_std: float = 1.0
+    """Deviation of logit(t)."""
+
+
+@dataclass
+class TrainerConfig:
+    """Flow matching."""
+
+    t_sampler_args: TimeConfig = field(default_factory=TimeConfig)
+    """Distribution of training times."""
+
+
+@dataclass
+class EmaConfig:
+    """Moving average of the weights, which evaluation and export use."""
+
+    decay: float = 0.999
+    """Decay a step; it ramps up as (1 + k) / (10 + k) over the first updates."""
+    start_iter: int = 50_000
+    """Step at which averaging starts, at most a tenth of the planned steps; before it the average is a copy."""
+
+
+@dataclass
+class TokenizerConfig:
+    """The tokenizer."""
+
+    encoder: str = "f8c4"
+    """f<stride>c<channels>, with stride 4 to 64 and any number of channels."""
+    encoder_width: int = 128
+    """Channels of the encoder's first level; 128 is the published one."""
+    decoder: str = field(default="M", metadata={"choices": tuple(DECODER_SIZES)})
+    """Decoder size."""
+    checkpoint: str | None = None
+    """Weights to start from, or to evaluate: run, run@best, folder or .safetensors file."""
+    encoder_checkpoint: str | None = None
+    """Weights of which only the encoder is read."""
+    encoder_train: bool = False
+    """Train the encoder together with the decoder; otherwise it is frozen."""
+    compile: bool = True
+    """torch.compile the networks."""
+    fm_sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Sampling."""
+    fm_trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Flow matching."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Averaged weights."""
+
+
+@dataclass
+class LossesConfig:
+    """Weights of the loss terms; a weight of 0 builds nothing."""
+
+    diffusion: float = 1.0
+    """Flow matching: mean squared error of the velocity."""
+    lpips: float = 0.5
+    """LPIPS (VGG) between target and one-step prediction; needs VGG weights in the search path."""
+    kl: float = 1e-6
+    """KL of the posterior to N(0, I), summed over the latent; only while the encoder is trained."""
+
+
+@dataclass
+class TrainingConfig:
+    """Optimisation."""
+
+    epochs: int = 300
+    """Passes over the training images."""
+    steps: int | None = None
+    """Optimiser steps; wins over epochs."""
+    optimizer: str = field(default="schedulefree", metadata={"choices": ("schedulefree", "adamw")})
+    """schedulefree (RAdam, no schedule) or adamw (linear warm-up, then lr_schedule)."""
+    lr: float = 8e-4
+    """Learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Moment decays of the optimizer."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay of matrices, convolutions and norm weights; biases and tables have none."""
+    warmup_steps: int = 0
+    """adamw: steps over which the learning rate rises linearly."""
+    lr_schedule: str = field(default="constant", metadata={"choices": ("constant", "cosine")})
+    """adamw: learning rate after the warm-up; cosine falls to zero at the last step."""
+    grad_accumulate: int = 1
+    """Parts that a step's batch is split into, to save memory."""
+    grad_clip: float = 0.1
+    """Largest gradient norm; 0 switches clipping off."""
+    mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
+    """Autocast; auto is bf16 where the device computes in it natively, else float32. Weights stay float32."""
+    eval_freq: int = 4
+    """Epochs between evaluations; 0 evaluates never."""
+    save_on_best: str = "FID"
+    """Metric that decides what `best` is; PSNR instead where its network has no weights."""
+    save_every: int = 5_000
+    """Steps between checkpoints; `last` is also written with every evaluation and at the end."""
+    log_freq: int = 200
+    """Steps between lines of metrics.jsonl, and between the only waits for the device."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation of reconstructions."""
+
+    steps: list[int] = field(default_factory=list)
+    """Step counts to evaluate; empty takes ssdd.fm_sampler.steps."""
+    decoders: list[str] = field(default_factory=list)
+    """Rows to evaluate side by side, each `name:checkpoint reference:steps`; empty takes ssdd.checkpoint."""
+    features: list[str] = field(default_factory=lambda: ["auto"])
+    """Networks of the distances: inception, efficientnet_lite0, classifier:FILE; auto takes those with weights."""
+    baselines: bool = False
+    """Add the rows that any tokenizer must beat: PCA with as many numbers as the latent, and a slight blur."""
+    batch_size: int = 64
+    """Images decoded together."""
+    resamples: int = 200
+    """Bootstrap resamples of the KID intervals."""
+
+
+@dataclass
+class SSDDConfig:
+    """Train, distil, evaluate an image tokenizer with a diffusion decoder."""
+
+    task: str = field(default="train", metadata={"choices": ("train", "eval", "z_stats", "classifier")})
+    """What to do; classifier trains the small network whose features judge image sets (classifier:FILE)."""
+    run_name: str | None = None
+    """Name of the run: its folder is ckpt_dir/jobs/run_name. Training resumes a run of that name. Default: date, time."""
+    ckpt_dir: str = "runs"
+    """Where runs live, and where checkpoint references are looked up."""
+    seed: int = 0
+    """Seed of initial weights, data order, all training draws and the decoder noise of evaluation."""
+    distill_teacher: bool = False
+    """Distil ssdd.checkpoint, sampled with ssdd.fm_sampler.steps, into a one-step decoder."""
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    """Images."""
+    ssdd: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer."""
+    losses: LossesConfig = field(default_factory=LossesConfig)
+    """Loss weights."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Training."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation."""
+    show_samples: int = 8
+    """Images in the picture grids."""
+    deterministic: bool = True
+    """Refuse operations whose result depends on timing; false is faster on GPUs."""

@@ -1,0 +1,256 @@
+"""The U-ViT decoder: velocity of the image x_t given the time t and the latent z (SSDD, arXiv 2510.04961).
+
+Four convolutional levels down to 1/8, a transformer with local attention, four levels up. z enters the input, the
+first norm of every residual block and the first norm of every transformer block; t the second norm of the residual
+blocks only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssdd.attention import RelativePositionBias, WindowAttention, WindowGeometry
+from ssdd.layers import (
+    AdaLayerNorm,
+    Downsample,
+    FeedForward,
+    GroupNorm,
+    ResnetBlock,
+    TimeEmbedding,
+    Upsample,
+)
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    """Widths and depth of a decoder."""
+
+    base: int
+    """Channels of the first level before `multiples` and rounding up to a multiple of `groups`."""
+    multiples: tuple[int, int, int, int]
+    layers: int
+    """Transformer blocks in the middle."""
+    heads: int | None = None
+    """Attention heads; None takes min(16, max(4, D // 64)) for a middle of D channels."""
+    groups: int = 32
+    """Groups of every group norm; the published sizes keep 32, our small one at least 64 values a group."""
+
+    @property
+    def levels(self) -> list[int]:
+        """Channels of the four levels."""
+        return [-(-self.base * m // self.groups) * self.groups for m in self.multiples]
+
+
+DECODER_SIZES = {
+    "XXS": DecoderSize(16, (1, 2, 3, 4), layers=2, heads=2, groups=8),
+    "XS": DecoderSize(32, (1, 2, 3, 3), layers=8, heads=4),
+    "S": DecoderSize(48, (1, 2, 3, 3), layers=8, heads=4),
+    "B": DecoderSize(64, (1, 2, 3, 3), layers=10),
+    "M": DecoderSize(96, (1, 2, 3, 3), layers=12),
+    "L": DecoderSize(96, (1, 2, 4, 4), layers=16),
+    "XL": DecoderSize(128, (1, 2, 4, 4), layers=16),
+    "H": DecoderSize(192, (1, 2, 4, 4), layers=16),
+    "XH": DecoderSize(256, (1, 2, 4, 4), layers=16),
+    "G": DecoderSize(384, (1, 2, 4, 4), layers=16),
+}
+"""XS..G are the published sizes; XXS is ours, for quickstarts and tests on 32x32 images."""
+
+
+class TransformerBlock(nn.Module):
+    """Local attention and gated feed-forward; z modulates the first norm."""
+
+    def __init__(self, channels: int, ctx_channels: int, heads: int, window: int):
+        super().__init__()
+        self.norm1 = AdaLayerNorm(channels, ctx_channels)
+        self.attn1 = WindowAttention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.ff = FeedForward(channels)
+        self.relative_position_bias = RelativePositionBias(window, heads)
+
+    def forward(self, x: Tensor, modulation: Tensor, bias: Tensor, geometry: WindowGeometry) -> Tensor:
+        x = x + self.attn1(self.norm1(x, modulation), bias, geometry)
+        return x + self.ff(self.norm2(x))
+
+
+class MiddleBlock(nn.Module):
+    """The transformer at 1/8 of the resolution, with a residual connection around everything."""
+
+    def __init__(self, channels: int, ctx_channels: int, heads: int, layers: int, groups: int, window: int):
+        super().__init__()
+        self.window = window
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, ctx_channels, heads, window) for _ in range(layers)
+        )
+        self.proj_out = nn.Linear(channels, channels)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
+
+    def condition(self, ctx: Tensor, height: int, width: int) -> MiddleCondition:
+        """What every pass over a token grid of height x width shares for one z."""
+        geometry = WindowGeometry.of(height, width, self.window, ctx.device)
+        return MiddleCondition(
+            geometry,
+            [block.norm1.condition(ctx, height, width) for block in self.transformer_blocks],
+            [block.relative_position_bias(geometry) for block in self.transformer_blocks],
+        )
+
+    def forward(self, x: Tensor, condition: MiddleCondition) -> Tensor:
+        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1))  # [B, H, W, D]
+        for block, modulation, bias in zip(
+            self.transformer_blocks, condition.modulations, condition.biases, strict=True
+        ):
+            tokens = block(tokens, modulation, bias, condition.geometry)
+        return x + self.proj_out(tokens).permute(0, 3, 1, 2)
+
+
+@dataclass
+class MiddleCondition:
+    """z-dependent part of the transformer: one modulation and one attention bias a block."""
+
+    geometry: WindowGeometry
+    modulations: list[Tensor]
+    biases: list[Tensor]
+
+
+@dataclass
+class Condition:
+    """Everything in the decoder that depends on z and not on x_t or t: made once per decode, used at every step."""
+
+    z_input: Tensor
+    """The z half of the input convolution, [B, C, H, W]."""
+    modulations: list[Tensor]
+    """One [B, 2 Cin, h, w] for every residual block, in the order of their use."""
+    middle: MiddleCondition
+
+
+class DownBlock(nn.Module):
+    """Residual blocks at one resolution, then a downsampling but on the last level."""
+
+    def __init__(self, resnets: list[ResnetBlock], downsample: bool, channels: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(channels)])
+
+
+class UpBlock(nn.Module):
+    """Residual blocks fed with skip connections, then an upsampling but on the last level."""
+
+    def __init__(self, resnets: list[ResnetBlock], upsample: bool, channels: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(channels)])
+
+
+class UViTDecoder(nn.Module):
+    """Velocity network of the tokenizer.
+
+    `size` is a name of `DECODER_SIZES` or a `DecoderSize`; `z_dim` the latent channels; `window` the attention window.
+    """
+
+    def __init__(self, size: str | DecoderSize, z_dim: int = 4, window: int = 8):
+        super().__init__()
+        size = DECODER_SIZES[size] if isinstance(size, str) else size
+        levels, groups = size.levels, size.groups
+        ctx, temb, middle = levels[0], 4 * levels[0], levels[-1]
+        self.z_dim = z_dim
+
+        def resnet(c_in: int, c_out: int) -> ResnetBlock:
+            return ResnetBlock(c_in, c_out, ctx, temb, groups)
+
+        self.conv_in = nn.Conv2d(3 + z_dim, levels[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(levels[0])
+        self.ada_ctx_proj = nn.Sequential(
+            nn.Conv2d(z_dim, ctx, 3, padding=1), nn.SiLU(), nn.Conv2d(ctx, ctx, 3, padding=1)
+        )
+        skips = [levels[0]]
+        self.down_blocks = nn.ModuleList()
+        for i, channels in enumerate(levels):
+            resnets = [resnet(skips[-1], channels), resnet(channels, channels)]
+            last = i == len(levels) - 1
+            self.down_blocks.append(DownBlock(resnets, not last, channels))
+            skips += [channels] * (2 if last else 3)
+        heads = size.heads or min(16, max(4, middle // 64))
+        self.mid_block = MiddleBlock(middle, ctx, heads, size.layers, groups, window)
+        self.up_blocks = nn.ModuleList()
+        below = middle
+        for i, channels in enumerate(reversed(levels)):
+            resnets = []
+            for _ in range(3):
+                resnets.append(resnet(below + skips.pop(), channels))
+                below = channels
+            self.up_blocks.append(UpBlock(resnets, i < len(levels) - 1, channels))
+        self.conv_norm_out = GroupNorm(groups, levels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(levels[0], 3, 3, padding=1)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Output layers of all residual branches zero, other convolutions N(0, 0.02^2), linears Xavier (facts a.6)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, FeedForward):
+                nn.init.zeros_(module.proj_out.weight)
+
+    def condition(self, z: Tensor, height: int, width: int) -> Condition:
+        """The part of a decode to height x width pixels that depends on z [B, z_dim, h, w] alone.
+
+        ValueError if the sides are not multiples of 8 or z has the wrong number of channels.
+        """
+        if height % 8 or width % 8:
+            raise ValueError(f"the decoder works on sides that are multiples of 8, got {height}x{width}")
+        if z.shape[1] != self.z_dim:
+            raise ValueError(f"the decoder takes latents of {self.z_dim} channels, got {z.shape[1]}")
+        z = z.to(self.conv_in.weight.dtype)
+        ctx = self.ada_ctx_proj(z)
+        z_pixels = F.interpolate(z, size=(height, width), mode="nearest")
+        z_input = F.conv2d(z_pixels, self.conv_in.weight[:, 3:], self.conv_in.bias, padding=1)
+
+        def at_level(block: DownBlock | UpBlock, factor: int) -> list[Tensor]:
+            return [resnet.norm1.condition(ctx, height // factor, width // factor) for resnet in block.resnets]
+
+        modulations = []
+        for block, factor in zip(self.down_blocks, (1, 2, 4, 8), strict=True):
+            modulations += at_level(block, factor)
+        for block, factor in zip(self.up_blocks, (8, 4, 2, 1), strict=True):
+            modulations += at_level(block, factor)
+        return Condition(z_input, modulations, self.mid_block.condition(ctx, height // 8, width // 8))
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """v [B, 3, H, W] float32 at image x_t and time t (scalar or [B])."""
+        x_t = x_t.to(self.conv_in.weight.dtype)
+        temb = F.silu(self.time_embedding(t))
+        modulations = iter(condition.modulations)
+        h = F.conv2d(x_t, self.conv_in.weight[:, :3], padding=1) + condition.z_input
+        skips = [h]
+        for block in self.down_blocks:
+            for resnet in block.resnets:
+                h = resnet(h, temb, next(modulations))
+                skips.append(h)
+            if hasattr(block, "downsamplers"):
+                h = block.downsamplers[0](h)
+                skips.append(h)
+        h = self.mid_block(h, condition.middle)
+        for block in self.up_blocks:
+            for resnet in block.resnets:
+                h = resnet(torch.cat([h, skips.pop()], dim=1), temb, next(modulations))
+            if hasattr(block, "upsamplers"):
+                h = block.upsamplers[0](h)
+        return self.conv_out(F.silu(self.conv_norm_out(h))).float()
+
+    def forward(self, x_t: Tensor, t: Tensor | float, z: Tensor) -> Tensor:
+        """v = x - eps at x_t [B, 3, H, W], t in [0, 1] (scalar or [B]), latent z [B, z_dim, h, w]: float32 [B, 3, H, W]."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device)
+        return self.velocity(x_t, t, self.condition(z, *x_t.shape[-2:]))

@@ -1,0 +1,344 @@
+"""Configuration: a dataclass tree, YAML files over it, and ``key=value`` arguments over those.
+
+Later sources win: dataclass defaults, ``configs/<program>.yaml``, presets, blocks, command line. A field without a
+default must be given. A value is read by the type of its field, so ``run_name=5_000`` stays text and
+``training.steps=5_000`` is a number; ``${other.key}`` refers to another key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ssdd.engine.errors import UserError
+from ssdd.engine.files import plain
+
+T = TypeVar("T")
+_NULLS = ("", "~", "null", "Null", "NULL")
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def parse(schema: type[T], argv: list[str], *, program: str, description: str) -> T:
+    """An instance of the dataclass ``schema`` filled from the configuration files and ``argv`` (without the program).
+
+    Grammar: ``key=value`` (dotted keys), ``preset=NAME`` (``configs/presets/NAME.yaml``, or a path ending in
+    ``.yaml``), ``+blocks=NAME`` (``configs/blocks/NAME.yaml``, may be repeated), ``--help`` or ``-h`` (prints
+    :func:`help_text` and exits with status 0). :class:`UserError` names the argument or the file and line of an unknown
+    key (with the nearest valid one), a value of the wrong type or outside the field's ``metadata={"choices": (...)}``,
+    and a missing value.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(schema, program, description))
+        raise SystemExit(0)
+    files, arguments = _split(argv)
+    program_file = configs_dir() / f"{program}.yaml"
+    builder = _Builder(schema)
+    for path in [program_file] * program_file.is_file() + files:
+        builder.merge_file(path)
+    for argument, key, text in arguments:
+        builder.merge_argument(argument, key, text)
+    return builder.finish()
+
+
+def help_text(schema: type, program: str, description: str) -> str:
+    """Every key of ``schema`` with its default, type and docstring, grouped by component, within 100 columns."""
+    from ssdd.engine.config_help import help_text as text
+
+    return text(schema, program, description)
+
+
+def configs_dir() -> Path:
+    """The folder of the YAML files: ``configs/`` of a checkout, else the copy inside the installed package."""
+    here = Path(__file__).resolve()
+    repository = here.parents[2]
+    if (repository / "pyproject.toml").is_file() and (repository / "configs").is_dir():
+        return repository / "configs"
+    return here.parents[1] / "_configs"
+
+
+def available(kind: str) -> list[str]:
+    """Names of the YAML files under ``configs/<kind>/`` (``presets`` or ``blocks``), subfolders as ``folder/name``."""
+    folder = configs_dir() / kind
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A config dataclass as nested dicts of plain JSON values."""
+    return plain(cfg)
+
+
+def to_yaml(cfg: Any) -> str:
+    """A config dataclass as YAML that ``preset=FILE.yaml`` reads back to an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(cfg, standard=False)))
+
+
+class SchemaField(NamedTuple):
+    """One key of a schema: a value, or a group of keys when ``group`` is its dataclass."""
+
+    type: Any
+    optional: bool
+    group: type | None
+    field: dataclasses.Field
+    owner: type
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        return tuple(self.field.metadata.get("choices", ()))
+
+
+def schema_fields(schema: type, prefix: str = "") -> dict[str, SchemaField]:
+    """Full dotted key -> field, depth first in the order of declaration; groups come before their keys."""
+    found: dict[str, SchemaField] = {}
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        kind, optional = _strip_optional(hints[field.name])
+        group = kind if dataclasses.is_dataclass(kind) else None
+        found[prefix + field.name] = SchemaField(kind, optional, group, field, schema)
+        if group is not None:
+            found |= schema_fields(group, f"{prefix}{field.name}.")
+    return found
+
+
+def type_name(kind: Any, optional: bool = False) -> str:
+    """A field's type as the help and the errors print it, such as ``list[int]`` or ``float or null``."""
+    if kind is Any:
+        return "any value"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        name = " or ".join(type_name(part) for part in typing.get_args(kind))
+    elif isinstance(kind, type) and issubclass(kind, enum.Enum):
+        name = " | ".join(member.name for member in kind)
+    elif typing.get_args(kind):
+        arguments = ", ".join(type_name(part) for part in typing.get_args(kind) if part is not Ellipsis)
+        name = f"{typing.get_origin(kind).__name__}[{arguments}]"
+    else:
+        name = kind.__name__
+    return f"{name} or null" if optional else name
+
+
+def _strip_optional(kind: Any) -> tuple[Any, bool]:
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind, kind is Any
+    parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
+    return (parts[0] if len(parts) == 1 else typing.Union[tuple(parts)]), len(parts) < len(typing.get_args(kind))  # noqa: UP007
+
+
+def _split(argv: Iterable[str]) -> tuple[list[Path], list[tuple[str, str, str]]]:
+    """Arguments as (YAML files in the order of precedence, [(argument, key, text)])."""
+    presets: list[Path] = []
+    blocks: list[Path] = []
+    arguments = []
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise UserError(f"argument {argument!r}: expected key=value; --help lists the keys")
+        if key == "preset":
+            presets.append(_named_file("preset", "presets", text))
+        elif key == "+blocks":
+            blocks += [_named_file("+blocks", "blocks", name) for name in text.strip("[]").split(",")]
+        elif not (key[0].isalpha() or key[0] == "_"):
+            raise UserError(
+                f"argument {argument!r}: write {key.lstrip('+-~')}={text}; only +blocks=NAME takes a prefix"
+            )
+        else:
+            arguments.append((argument, key, text))
+    return presets + blocks, arguments
+
+
+def _named_file(key: str, kind: str, name: str) -> Path:
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else configs_dir() / kind / f"{name}.yaml"
+    if path.is_file():
+        return path
+    names = available(kind)
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {key}={near[0]}?" if near else f"available: {', '.join(names) or 'none'}"
+    raise UserError(f"argument '{key}={name}': no file {path}; {hint}")
+
+
+def _argument_node(argument: str, text: str, field: SchemaField | None) -> yaml.Node:
+    """The value of an argument as a YAML node; what goes to a text field needs no YAML quoting."""
+    is_text = field is not None and field.type in (str, Path)
+    if not text.strip() or (is_text and not text.startswith(("'", '"'))):
+        return yaml.ScalarNode("", text)
+    try:
+        return yaml.compose(text, yaml.SafeLoader) or yaml.ScalarNode("", "")
+    except yaml.YAMLError as error:
+        raise UserError(f"argument {argument!r}: the value is not valid YAML ({error.problem}); quote it") from None
+
+
+class _Builder:
+    """A config under construction: every assignment is checked against the schema and remembers where it came from."""
+
+    def __init__(self, schema: type):
+        self.fields = schema_fields(schema)
+        self.config = OmegaConf.structured(schema)
+        self.origin: dict[str, str] = {}  # key -> where its value was last set
+
+    def merge_file(self, path: Path) -> None:
+        try:
+            root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if root is None:
+            return
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path}: expected 'key: value' lines at the top level")
+        self._merge_mapping("", root, lambda node: f"{path}, line {node.start_mark.line + 1}")
+
+    def merge_argument(self, argument: str, key: str, text: str) -> None:
+        node = _argument_node(argument, text, self.fields.get(key))
+        self._assign(key, node, f"argument {argument!r}", lambda _: f"argument {argument!r}")
+
+    def finish(self) -> Any:
+        """The dataclass instance, with nothing missing, interpolations resolved and choices checked."""
+        try:
+            missing = sorted(OmegaConf.missing_keys(self.config))
+            resolved = None if missing else OmegaConf.to_object(self.config)
+        except OmegaConfBaseException as error:
+            key = error.full_key or "the configuration"
+            raise UserError(f"{self.origin.get(key, key)}: {key}: {str(error).splitlines()[0]}") from None
+        if missing:
+            field = self.fields[missing[0]]
+            kind = type_name(field.type, field.optional)
+            raise UserError(f"{missing[0]}=... must be given ({kind}); --help explains it")
+        for key, field in self.fields.items():
+            if field.choices:
+                self._check_choice(key, field.choices, _value_at(resolved, key))
+        return resolved
+
+    def _merge_mapping(self, prefix: str, node: yaml.MappingNode, place: Callable[[yaml.Node], str]) -> None:
+        seen = set()
+        for name, value in node.value:
+            if name.value in seen:
+                raise UserError(f"{place(name)}: {prefix}{name.value} appears twice")
+            seen.add(name.value)
+            self._assign(prefix + name.value, value, place(name), place)
+
+    def _assign(self, key: str, node: yaml.Node, where: str, place: Callable[[yaml.Node], str]) -> None:
+        field = self.fields.get(key)
+        if field is not None and field.group is not None and isinstance(node, yaml.MappingNode):
+            self._open_groups(f"{key}.")
+            self._merge_mapping(f"{key}.", node, place)
+            return
+        if field is not None:
+            kind, optional = field.type, field.optional
+        elif free := [f for name, f in self.fields.items() if _is_dict(f.type) and key.startswith(f"{name}.")]:
+            kind, optional = _strip_optional(typing.get_args(free[0].type)[1])
+        else:
+            raise UserError(f"{where}: unknown key {key!r}; {_nearest(key, self.fields)}")
+        try:
+            value = _convert(node, kind, optional)
+            self._open_groups(key)
+            OmegaConf.update(self.config, key, value)
+        except (ValueError, TypeError, OmegaConfBaseException):
+            expected = type_name(kind, optional)
+            if dataclasses.is_dataclass(kind):
+                expected = "a group of keys: " + ", ".join(f"{key}.{part.name}" for part in dataclasses.fields(kind))
+            raise UserError(f"{where}: {key} expects {expected}; got {_text(node)}") from None
+        self.origin[key] = where
+
+    def _open_groups(self, key: str) -> None:
+        """Give the optional groups above ``key`` that are null their defaults."""
+        parts = key.split(".")[:-1]
+        for depth in range(1, len(parts) + 1):
+            name = ".".join(parts[:depth])
+            group = self.fields[name].group if name in self.fields else None
+            if group is not None and OmegaConf.select(self.config, name) is None:
+                OmegaConf.update(self.config, name, OmegaConf.structured(group))
+
+    def _check_choice(self, key: str, choices: tuple[Any, ...], value: Any) -> None:
+        given = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        for item in given:
+            if item not in choices:
+                names = [str(choice) for choice in choices]
+                near = difflib.get_close_matches(str(item), names, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                where = self.origin.get(key, "default")
+                raise UserError(f"{where}: {key} must be one of {', '.join(names)}; got {item!r}{hint}")
+
+
+def _value_at(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name, None)  # None inside an optional group that is off
+    return config
+
+
+def _is_dict(kind: Any) -> bool:
+    return typing.get_origin(kind) is dict
+
+
+def _convert(node: yaml.Node, kind: Any, optional: bool) -> Any:
+    """The Python value of a YAML node for a field of type ``kind``; ValueError when they do not fit."""
+    if isinstance(node, yaml.ScalarNode):
+        return _convert_scalar(node.value, node.style in ("'", '"'), kind, optional)
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if isinstance(node, yaml.SequenceNode) and origin in (list, tuple, Any):
+        kinds = [Any] * len(node.value) if not arguments else [a for a in arguments if a is not Ellipsis]
+        if origin is list or Ellipsis in arguments:
+            kinds = kinds[:1] * len(node.value)
+        return [_convert(item, *_strip_optional(part)) for item, part in zip(node.value, kinds, strict=True)]
+    if isinstance(node, yaml.MappingNode) and origin in (dict, Any):
+        value_kind = _strip_optional(arguments[1] if arguments else Any)
+        return {key.value: _convert(value, *value_kind) for key, value in node.value}
+    raise ValueError
+
+
+def _convert_scalar(text: str, quoted: bool, kind: Any, optional: bool) -> Any:
+    if "${" in text:
+        return text  # an interpolation: OmegaConf resolves it and checks its type
+    if not quoted and text in _NULLS and not (kind is str and text == ""):
+        if not optional:
+            raise ValueError
+        return None
+    if kind is bool:
+        if text.lower() not in _BOOLEANS:
+            raise ValueError
+        return _BOOLEANS[text.lower()]
+    if kind is float and text.lower().lstrip("+-") in (".inf", ".nan"):
+        return float(text.replace(".", ""))
+    if kind in (int, float):
+        return kind(text)
+    if isinstance(kind, type):
+        if issubclass(kind, (list, tuple, dict)) or dataclasses.is_dataclass(kind):
+            raise ValueError
+        return text  # str, Path, and enums, whose names OmegaConf checks
+    if kind is Any or typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return text if quoted else _convert_untyped(text, typing.get_args(kind) or (bool, int, float, str))
+    raise ValueError
+
+
+def _convert_untyped(text: str, kinds: tuple[Any, ...]) -> Any:
+    for kind in (bool, int, float, str):
+        try:
+            if kind in kinds:
+                return _convert_scalar(text, True, kind, False)
+        except ValueError:
+            continue
+    raise ValueError
+
+
+def _text(node: yaml.Node) -> str:
+    return repr(node.value) if isinstance(node, yaml.ScalarNode) else yaml.serialize(node).strip()
+
+
+def _nearest(key: str, fields: dict[str, SchemaField]) -> str:
+    """A hint naming the valid key closest to ``key``: same last part, then similar whole, then similar last part."""
+    keys = [name for name, field in fields.items() if field.group is None]
+    last = {name: name.rpartition(".")[2] for name in keys}
+    own_last = key.rpartition(".")[2]
+    similar = difflib.get_close_matches(own_last, last.values(), 1, 0.75)
+    near = (
+        difflib.get_close_matches(key, [name for name in keys if last[name] == own_last], 1, 0.0)
+        or difflib.get_close_matches(key, keys, 1, 0.7)
+        or difflib.get_close_matches(key, [name for name in keys if last[name] in similar], 1, 0.0)
+    )
+    return f"did you mean {near[0]}?" if near else "--help lists the keys"

@@ -1,0 +1,105 @@
+"""Files that are either whole or absent: atomic writes, JSON, and SHA-256 fingerprints."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from ssdd.engine.errors import UserError
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write ``data`` (text as UTF-8) so that ``path`` holds either its old or its new content, never a part.
+
+    The data goes to a hidden file beside ``path``, is synced, and renamed. Parent folders are created. A writer that is
+    killed may leave ``.<name>.<random>.tmp`` behind; see :func:`remove_leftovers`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete what killed :func:`write_atomic` calls left in ``folder``. Only for its single writer, when it starts."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make the renames and new names inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write ``obj`` as indented standard JSON, atomically. :func:`plain` says what is accepted."""
+    write_atomic(path, json.dumps(plain(obj), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file. :class:`UserError` when it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); delete it and run what wrote it again") from None
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(obj: Any) -> str:
+    """SHA-256 of ``obj`` as canonical JSON; the order of keys, and tuple or list, make no difference."""
+    text = json.dumps(plain(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain(obj: Any, *, standard: bool = True) -> Any:
+    """``obj`` in terms of dict, list, str, int, float, bool and None.
+
+    Dataclasses become dicts, paths strings, enums their names, arrays and tensors (nested) lists. Standard JSON has no
+    NaN or infinity: they become None unless ``standard`` is false. TypeError for anything else.
+    """
+    if obj is None or isinstance(obj, (bool, str)):
+        return obj
+    if isinstance(obj, enum.Enum):
+        return obj.name
+    if isinstance(obj, int):
+        return int(obj)
+    if isinstance(obj, float):
+        return float(obj) if math.isfinite(obj) or not standard else None
+    if isinstance(obj, dict):
+        return {str(key): plain(value, standard=standard) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [plain(value, standard=standard) for value in obj]
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {field.name: plain(getattr(obj, field.name), standard=standard) for field in dataclasses.fields(obj)}
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    if hasattr(obj, "tolist"):  # numpy arrays and scalars, torch tensors
+        return plain(obj.tolist(), standard=standard)
+    raise TypeError(f"{type(obj).__name__} cannot be written as JSON: {obj!r}")

@@ -1,0 +1,63 @@
+"""Optimizers by name: parameter groups, learning rate, and the averaged weights of schedule-free ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(named_parameters: Mapping[str, Tensor], modules: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: decayed are the weights of linear, convolution and norm layers, all else is not (facts f)."""
+    decayed_types = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+    weights = {id(m.weight) for m in modules.modules() if isinstance(m, decayed_types) and m.weight is not None}
+    decayed = [p for p in named_parameters.values() if id(p) in weights]
+    rest = [p for p in named_parameters.values() if id(p) not in weights]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """`schedulefree` (RAdamScheduleFree) or `adamw` (fused)."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=True)
+    from schedulefree import RAdamScheduleFree
+
+    optimizer = RAdamScheduleFree(groups, lr=lr, betas=tuple(betas))
+    optimizer.train()
+    return optimizer
+
+
+def learning_rate(lr: float, step: int, steps: int, warmup_steps: int, schedule: str) -> float:
+    """Linear warm-up, then `constant` or `cosine` to zero; `step` counts from 0."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return lr
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+@torch.no_grad()
+def averaged_weights(optimizer: torch.optim.Optimizer, named_parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights to evaluate and export.
+
+    A schedule-free optimizer trains y = (1 - beta) z + beta x and evaluates the average x (Defazio et al. 2024); x is
+    computed beside y and nothing is swapped, so that training does not depend on when anyone looks. Other optimizers
+    evaluate what they train.
+    """
+    averages = dict(named_parameters)
+    names = {id(p): name for name, p in named_parameters.items()}
+    for group in optimizer.param_groups:
+        if "weight_sum" not in group:
+            continue
+        known = [p for p in group["params"] if "z" in optimizer.state.get(p, {})]
+        if known:
+            z = [optimizer.state[p]["z"] for p in known]
+            averages |= zip(
+                (names[id(p)] for p in known),
+                torch._foreach_lerp(known, z, 1 - 1 / group["betas"][0]),
+                strict=True,
+            )
+    return averages

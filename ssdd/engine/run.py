@@ -1,0 +1,67 @@
+"""The directory of one run: resolved config, metrics, pictures, checkpoints, result."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ssdd.engine.errors import UserError
+from ssdd.engine.files import plain, write_atomic, write_json
+
+
+class RunDirectory:
+    """``<ckpt_dir>/jobs/<run_name>``. Nothing is created before something is written; only the main process writes."""
+
+    def __init__(self, ckpt_dir: str | os.PathLike[str], run_name: str):
+        if not run_name or run_name.startswith(".") or set(run_name) & set("/\\@") or run_name.isspace():
+            raise UserError(f"run_name={run_name!r}: a run name is not empty, starts with no dot, has no / \\ or @")
+        self.name = run_name
+        self.path = Path(ckpt_dir).expanduser() / "jobs" / run_name
+        self.checkpoints = self.path / "checkpoints"
+        self.pictures = self.path / "pictures"
+        self.tensorboard = self.path / "tensorboard"
+        self.metrics = self.path / "metrics.jsonl"
+        self.result = self.path / "task_result.json"
+
+    def save_config(self, cfg: Any) -> None:
+        """Write the resolved config dataclass to ``config.yaml``."""
+        from ssdd.engine.config import to_yaml
+
+        write_atomic(self.path / "config.yaml", to_yaml(cfg))
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        """Add one line, a JSON object (with its ``step``), to ``metrics.jsonl``; NaN and infinity become null."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.metrics, "a+b") as file:
+            if file.tell() > 0:  # opened at the end: a killed writer may have left half a line
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(plain(values), allow_nan=False).encode() + b"\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; half a line that a killed process left is passed over."""
+        if not self.metrics.is_file():
+            return []
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the lines whose step is greater than ``step``: what a resumed run is about to do again."""
+        if not self.metrics.is_file():
+            return
+        kept = [row for row in self.read_metrics() if row.get("step", 0) <= step]
+        write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write_result(self, obj: Any) -> None:
+        """Write ``task_result.json``."""
+        write_json(self.result, obj)

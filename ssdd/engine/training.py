@@ -1,0 +1,63 @@
+"""What every training page does around its loop: devices, determinism, batch division, checks, memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ssdd.engine.errors import UserError
+from ssdd.engine.precision import mixed_precision
+
+
+def open_accelerator(precision: str, deterministic: bool) -> Accelerator:
+    """Accelerate on the best device there is, with the autocast that `precision` (auto, no, bf16, fp16) means on it."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    cpu = not torch.accelerator.is_available()
+    device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
+    return Accelerator(mixed_precision=mixed_precision(precision, device), cpu=cpu)
+
+
+def rows_a_process(key: str, batch_size: int, world: int, parts: int) -> int:
+    """Rows of a step's batch that each of `world` processes gets; UserError when they do not divide into `parts`."""
+    if batch_size < 1 or parts < 1 or batch_size % (world * parts):
+        raise UserError(
+            f"{key}={batch_size} does not divide into {world} processes of {parts} accumulated parts each; "
+            f"choose a multiple of {world * max(parts, 1)}"
+        )
+    return batch_size // world
+
+
+def check_identity(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """UserError that names what changed since the checkpoint in `folder` was written."""
+    changed = [f"{key} was {found.get(key)}, is {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
+    if changed:
+        raise UserError(
+            f"the run's checkpoint {folder} does not continue with this config and data: {'; '.join(changed)}. "
+            "Restore the old values, or choose another run_name."
+        )
+
+
+def check_finite(accelerator: Accelerator, bad_step: Tensor, last: Path) -> None:
+    """UserError when `bad_step` (int scalar, -1: none) names a step with a non-finite loss in any process."""
+    bad = [step for step in accelerator.gather(bad_step.unsqueeze(0)).tolist() if step >= 0]
+    if bad:
+        raise UserError(
+            f"the loss or its gradient was not finite at step {min(bad)}; training stopped, and {last} keeps what came "
+            "before. Lower training.lr, set training.grad_clip, or use training.mixed_precision=no, and start again."
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device on CUDA, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

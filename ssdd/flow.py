@@ -1,0 +1,88 @@
+"""Flow matching on the straight path between data (t = 0) and noise (t = 1): path, time draws, time grids, solvers.
+
+Path, solvers and networks know nothing of each other; the tokenizer's decoder and the latent generators share this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(x_t [B, ...], t scalar float32) -> v of the same shape as x_t."""
+
+
+def expand_time(t: Tensor, x: Tensor) -> Tensor:
+    """t, a scalar or [B], shaped to broadcast over x [B, ...]."""
+    return t if t.ndim == 0 else t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x + t eps; t is a scalar or [B] in [0, 1]."""
+    t = expand_time(t, x)
+    return (1 - t) * x + t * eps
+
+
+def velocity_target(x: Tensor, eps: Tensor) -> Tensor:
+    """v = x - eps = -dx_t/dt, so that a step of length dt towards the data adds v dt."""
+    return x - eps
+
+
+def predict_data(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """x_0 = x_t + t v, the data end of the straight line through x_t."""
+    return x_t + expand_time(t, x_t) * v
+
+
+def logit_normal_t(n: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """n training times sigmoid(N(mean, std^2)), float32 [n] on the generator's device (SSDD facts c; SD3, eq. 19)."""
+    return torch.sigmoid(torch.randn(n, generator=generator, device=generator.device) * std + mean)
+
+
+def uniform_t(n: int, generator: torch.Generator) -> Tensor:
+    """n training times uniform on [0, 1), float32 [n] on the generator's device."""
+    return torch.rand(n, generator=generator, device=generator.device)
+
+
+def time_grid(steps: int, power: float = 2.0, shift: float = 1.0) -> Tensor:
+    """float32 [steps + 1] times falling from 1 (noise) to 0 (data).
+
+    `power` p gives linspace(1, 0)^p, finer near the data for p > 1 (SSDD). `shift` s maps t to s t / (1 + (s - 1) t),
+    finer near the noise for s > 1 (SD3, LightningDiT; in our direction of time).
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** power
+    return (shift * t / (1 + (shift - 1) * t)).float()
+
+
+def euler(velocity: Velocity, x: Tensor, grid: Tensor, callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """First-order solver: x <- x + v(x, t_i) (t_i - t_{i+1}) along `grid`; one evaluation a step.
+
+    The state stays in float32 whatever the network's dtype. `callback(i, x)` sees the state after step i.
+    """
+    x = x.float()
+    steps = (grid[:-1] - grid[1:]).tolist()
+    for i, (t, dt) in enumerate(zip(grid[:-1].to(x.device), steps, strict=True)):
+        x = torch.add(x, velocity(x, t).float(), alpha=dt)
+        if callback is not None:
+            callback(i, x)
+    return x
+
+
+def heun(velocity: Velocity, x: Tensor, grid: Tensor, callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Second-order solver (explicit trapezoid); two evaluations a step, one on the last step into t = 0."""
+    x = x.float()
+    times = grid.to(x.device)
+    steps = (grid[:-1] - grid[1:]).tolist()
+    for i, dt in enumerate(steps):
+        v = velocity(x, times[i]).float()
+        x_next = torch.add(x, v, alpha=dt)
+        if i + 1 < len(steps):
+            v_next = velocity(x_next, times[i + 1]).float()
+            x_next = torch.add(x, v + v_next, alpha=dt / 2)
+        x = x_next
+        if callback is not None:
+            callback(i, x)
+    return x

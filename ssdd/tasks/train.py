@@ -1,0 +1,232 @@
+"""Task `train`: train or distil the tokenizer, one straight page from the first step to the last.
+
+Every random draw of a step comes from one generator seeded by (seed, step) for the whole global batch, of which each
+process keeps its rows: a run does not depend on the number of processes, and a resumed run draws what it would have
+drawn. Averaged weights are computed beside the trained ones: no byte depends on when anyone looks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssdd.config import SSDDConfig
+from ssdd.distill import DistillationObjective
+from ssdd.engine import checkpoint
+from ssdd.engine.ema import Ema
+from ssdd.engine.errors import UserError
+from ssdd.engine.images import ImageDataset, open_source, steps_per_epoch, train_batches
+from ssdd.engine.interrupt import StopRequest
+from ssdd.engine.log import ProgressLog
+from ssdd.engine.noise import seed_of
+from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
+from ssdd.engine.run import RunDirectory
+from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
+from ssdd.objective import FlowObjective, step_draws, weighted_sum
+from ssdd.perceptual import Lpips
+from ssdd.tasks.evaluate import Evaluation, Row
+from ssdd.tokenizer import SSDD
+
+
+def run(cfg: SSDDConfig) -> dict[str, Any]:
+    """Train, or continue, the run `cfg.run_name`; returns what it writes to task_result.json.
+
+    Exits with status 0 after a checkpoint when SIGTERM or SIGUSR1 arrives. UserError before the first step when data,
+    weights, batch size or an earlier checkpoint of the same run do not fit together.
+    """
+    training, weights = cfg.training, dict(vars(cfg.losses))
+    accelerator = open_accelerator(training.mixed_precision, cfg.deterministic)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    batch_size = cfg.dataset.batch_size
+    rows = rows_a_process("dataset.batch_size", batch_size, world, training.grad_accumulate)
+
+    dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=True, seed=cfg.seed)
+    epoch_steps = steps_per_epoch(dataset, batch_size)
+    steps = training.epochs * epoch_steps if training.steps is None else training.steps
+    for key, value in (("steps", steps), ("log_freq", training.log_freq), ("save_every", training.save_every)):
+        if value < 1:
+            raise UserError(f"training.{key}={value} must be at least 1")
+
+    torch.manual_seed(seed_of(cfg.seed, "ssdd.init"))
+    network = build_tokenizer(cfg).to(device)
+    objective = build_objective(cfg, network).to(device)
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    groups = parameter_groups(parameters, network, training.weight_decay)
+    optimizer = build_optimizer(training.optimizer, groups, training.lr, training.betas)
+    ema = Ema(parameters, cfg.ssdd.ema.decay, min(cfg.ssdd.ema.start_iter, steps // 10))
+    evaluation = Evaluation(cfg, accelerator) if training.eval_freq else None
+    shown = copy.deepcopy(network) if evaluation else None  # the averaged weights, while they are evaluated
+    window = torch.zeros(len(objective.terms) + 1, device=device)  # sums of terms and gradient norm since the last line
+    bad_step = torch.full((), -1, device=device)  # first step with a non-finite loss or gradient; read when logging
+
+    # Resume: the state below is all that a step reads, besides the config.
+    directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
+    last = directory.checkpoints / "last"
+    identity = {"tokenizer": network.config, "data": dataset.source.fingerprint(), "seed": cfg.seed}
+    identity |= {"batch_size": batch_size, "steps": steps, "distill_teacher": cfg.distill_teacher}
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "window_steps": 0, "metrics": {}, "best": None}
+    if checkpoint.exists(last):
+        tensors, state = checkpoint.load(last)
+        check_identity(state["identity"], identity, last)
+        network.load_state_dict(tensors["model"])
+        ema.load({name: tensors["model_ema"][name] for name in parameters}, state["ema"])
+        checkpoint.load_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
+        window.copy_(tensors["aux"]["window"])
+    start = state["step"]
+    if cfg.ssdd.compile:
+        network.compile()
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    if accelerator.scaler is not None and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    if accelerator.is_main_process:
+        directory.save_config(cfg)
+        directory.truncate_metrics(start)
+
+    def save(name: str) -> None:
+        if not accelerator.is_main_process:
+            return
+        optimizer_tensors, optimizer_values = checkpoint.optimizer_tensors(optimizer.optimizer)
+        groups = {
+            "model": network.state_dict(),
+            "model_ema": network.state_dict() | ema.tensors(),
+            "optimizer": optimizer_tensors,
+            "aux": {"window": window},
+        }
+        state.update(identity=identity, ema=ema.state(), optimizer=optimizer_values)
+        if accelerator.scaler is not None:
+            state["scaler"] = accelerator.scaler.state_dict()
+        checkpoint.save(directory.checkpoints / name, groups, state, network.metadata)
+
+    z_shape = (network.z_dim, cfg.dataset.im_size // network.f, cfg.dataset.im_size // network.f)
+    time_args = cfg.ssdd.fm_trainer.t_sampler_args
+    batches = train_batches(dataset, batch_size, cfg.seed, start, rank, world, cfg.dataset.workers)
+    began, logged_at, logged_step = time.perf_counter() - state["seconds"], time.perf_counter(), start
+    progress = ProgressLog(
+        steps,
+        description=f"{'distil' if cfg.distill_teacher else 'train'} {cfg.run_name}",
+        run=directory,
+        start=start,
+        main_process=accelerator.is_main_process,
+    )
+    with StopRequest() as stop, progress:
+        for step in range(start, steps):
+            # Data and draws of this step.
+            x = next(batches)[0].to(device, non_blocking=True, memory_format=torch.channels_last)  # [b, 3, H, W]
+            shapes = (batch_size, *x.shape[1:]), (batch_size, *z_shape)
+            draws = step_draws(cfg.seed, step, *shapes, device, time_args.t_mean, time_args.t_std)
+            draws = draws.rows(slice(rank * rows, (rank + 1) * rows))
+            lr = learning_rate(training.lr, step, steps, training.warmup_steps, training.lr_schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # Accumulate gradients; processes exchange them in the last part only.
+            size = rows // training.grad_accumulate
+            finite = torch.ones((), dtype=torch.bool, device=device)
+            for part in (slice(first, first + size) for first in range(0, rows, size)):
+                exchange = part.stop == rows
+                with accelerator.no_sync(model) if not exchange else accelerator.accumulate():
+                    with accelerator.autocast():
+                        terms = model(x[part], draws.rows(part))
+                    loss = weighted_sum(terms, weights) / training.grad_accumulate
+                    accelerator.backward(loss)
+                window[:-1] += torch.stack([terms[name].detach() for name in objective.terms]) / training.grad_accumulate
+                finite &= loss.isfinite()
+
+            # Optimise, average.
+            norm = accelerator.clip_grad_norm_(parameters.values(), training.grad_clip or math.inf)
+            window[-1] += norm
+            bad_step = torch.where((bad_step < 0) & ~(finite & norm.isfinite()), step + 1, bad_step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(averaged_weights(optimizer.optimizer, parameters))
+            done = step + 1
+            state.update(step=done, window_steps=state["window_steps"] + 1)
+            progress.advance()
+
+            # Log: the only place besides checkpoints and evaluations that waits for the device.
+            stopping = stop.agreed()
+            ended = done == steps
+            epoch = done // epoch_steps if done % epoch_steps == 0 else None
+            evaluating = evaluation is not None and (ended or (epoch is not None and epoch % training.eval_freq == 0))
+            logging = done == 1 or done % training.log_freq == 0 or ended
+            saving = stopping or ended or done % training.save_every == 0 or evaluating
+            if logging or saving:
+                check_finite(accelerator, bad_step, last)
+            if logging:
+                means = (accelerator.reduce(window, "mean") / state["window_steps"]).tolist()
+                now = time.perf_counter()
+                rate = (done - logged_step) * batch_size / (now - logged_at)
+                logged_at, logged_step = now, done
+                state["metrics"] = dict(zip([*objective.terms, "grad_norm"], means, strict=True))
+                values = {**state["metrics"], "lr": lr, "images": done * batch_size, "images_per_s": rate}
+                progress.metrics(done, values)
+                window.zero_()
+                state["window_steps"] = 0
+
+            # Evaluate the averaged weights; the best ones are kept.
+            if evaluating:
+                shown.load_state_dict(network.state_dict() | ema.tensors())
+                sampler_steps = 1 if cfg.distill_teacher else cfg.ssdd.fm_sampler.steps
+                scores = evaluation.run([Row("tokenizer", shown, sampler_steps)])["rows"][0]
+                metric, value = evaluation.deciding(scores, training.save_on_best)
+                progress.metrics(done, {f"val/{name}": v for name, v in scores.items() if isinstance(v, float)})
+                if state["best"] is None or value > state["best"]["value"]:
+                    state["best"] = {"metric": metric, "value": value, "step": done}
+                    save("best")
+                logged_at = time.perf_counter()
+
+            # Checkpoint.
+            if saving:
+                state["seconds"] = time.perf_counter() - began
+                save("last")
+                accelerator.wait_for_everyone()
+            if stopping and not ended:
+                progress.message(f"stopped by a signal after step {done}; the same command continues from {last}")
+                raise SystemExit(0)
+
+    result = {
+        "task": "train",
+        "steps": steps,
+        "images": steps * batch_size,
+        **state["metrics"],
+        "best": state["best"],
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "tokenizer": network.config,
+        "checkpoint": str(last),
+        "seconds": state["seconds"],
+        "images_per_s": steps * batch_size / max(state["seconds"], 1e-9),
+        "peak_memory_bytes": peak_memory(device),
+    }
+    if accelerator.is_main_process and not (start == steps and directory.result.exists()):
+        directory.write_result(result)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def build_tokenizer(cfg: SSDDConfig) -> SSDD:
+    """The network that is trained: from `ssdd.checkpoint` where given, with its encoder frozen or not."""
+    return SSDD(
+        encoder={"name": cfg.ssdd.encoder, "width": cfg.ssdd.encoder_width},
+        decoder=cfg.ssdd.decoder,
+        checkpoint=cfg.ssdd.checkpoint,
+        encoder_checkpoint=cfg.ssdd.encoder_checkpoint,
+        encoder_train=cfg.ssdd.encoder_train and not cfg.distill_teacher,
+        fm_sampler=vars(cfg.ssdd.fm_sampler),
+        ckpt_dir=cfg.ckpt_dir,
+    )
+
+
+def build_objective(cfg: SSDDConfig, network: SSDD) -> nn.Module:
+    """Flow matching, or distillation from a frozen copy of the starting weights."""
+    perceptual = Lpips("vgg") if cfg.losses.lpips else None
+    if not cfg.distill_teacher:
+        return FlowObjective(network, vars(cfg.losses), perceptual)
+    if cfg.ssdd.checkpoint is None:
+        raise UserError("distill_teacher=true needs ssdd.checkpoint=<run or file>: the teacher's weights")
+    teacher = copy.deepcopy(network)
+    return DistillationObjective(network, teacher, cfg.ssdd.fm_sampler.steps, perceptual)

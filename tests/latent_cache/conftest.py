@@ -1,0 +1,66 @@
+"""Tiny caches of real digits, made by a real, tiny, untrained SSDD encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from latent_cache.build import build
+from latent_cache.config import BuildConfig, CachedImages, ViewsConfig
+from ssdd.tokenizer import SSDD
+
+Settings = Callable[..., BuildConfig]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an f8c2 tokenizer whose posteriors have clear means and variances."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SSDD({"name": "f8c2", "width": 16}, "XXS", encoder_train=True)
+        with torch.no_grad():
+            for parameter in model.encoder.parameters():
+                parameter.mul_(4 if parameter.ndim > 1 else 1)
+            model.encoder.out_proj.bias.copy_(torch.tensor([0.5, -2.0, -1.0, 1.0]))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(tokenizer: Path) -> Settings:
+    """Settings of a small build: 60 digits a split at 16 pixels, in shards of 16."""
+
+    def make(out: Path, flip: bool = False, dataset: dict | None = None, **changes: object) -> BuildConfig:
+        images = {"source": "digits", "im_size": 16, "limit": 60, "flip": flip or None} | (dataset or {})
+        changes = {"samples_per_shard": 16, "batch_size": 8, "device": "cpu"} | changes
+        return BuildConfig(str(tokenizer), str(out), dataset=CachedImages(**images), views=ViewsConfig(flip), **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def means(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of posterior means. Not to be changed."""
+    folder = tmp_path_factory.mktemp("means") / "cache"
+    build(settings(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def moments(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of posterior means and log variances with mirrored views. Not to be changed."""
+    folder = tmp_path_factory.mktemp("moments") / "cache"
+    build(settings(folder, flip=True, content="moments"))
+    return folder

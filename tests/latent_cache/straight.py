@@ -1,0 +1,31 @@
+"""What a cache should hold, by a straight loop over the data set: one image at a time, everything in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssdd.engine.images import DatasetConfig, ImageDataset, open_source
+from ssdd.engine.pictures import from_uint8
+from ssdd.tokenizer import SSDD
+
+
+def posteriors(tokenizer: Path, cfg: DatasetConfig, split: str, flip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(means [n, C, h, w], log variances [n, C, h, w], labels [n]) of all images of a split, in the source's order."""
+    model = SSDD.from_pretrained(tokenizer).eval()
+    means, logvars, labels = [], [], []
+    for pixels, label, _ in ImageDataset(open_source(cfg, split), cfg, train=False):
+        image = from_uint8(pixels)[None]
+        with torch.no_grad():
+            posterior = model.encode(image.flip(-1) if flip else image)
+        means.append(posterior.mean)
+        logvars.append(posterior.logvar)
+        labels.append(label)
+    return torch.cat(means), torch.cat(logvars), torch.tensor(labels)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Name -> content of every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
