@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dit.model import NAMES
-from ssdd.engine.images import DatasetConfig
+from latent_cache.config import adm_images
 from ssdd.engine.precision import PRECISIONS
+from ssdd.engine.sources import DatasetConfig
 
 
 @dataclass
@@ -100,6 +101,24 @@ class SamplingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """gFID and its kin: every decoder decodes the same latents."""
+
+    decoders: list[str] = field(default_factory=list)
+    """Rows of the table, each `name:checkpoint reference:steps`."""
+    features: list[str] = field(default_factory=lambda: ["auto"])
+    """Networks of the distances: inception, efficientnet_lite0, classifier:FILE; auto takes those with weights."""
+    class_accuracy: bool = False
+    """Fit a support vector classifier to the real training images and count how often it sees the asked class."""
+    baseline_numbers: int | None = None
+    """Add samples of one Gaussian a class in a PCA space of this many numbers; null adds no such row."""
+    batch_size: int = 64
+    """Latents decoded together."""
+    resamples: int = 200
+    """Bootstrap resamples of the KID intervals."""
+
+
+@dataclass
 class DiTConfig:
     """Class-conditional generator on a latent cache: train, sample, evaluate."""
 
@@ -125,9 +144,7 @@ class DiTConfig:
     """sample, evaluate: folder for the results (default: samples or evaluation inside the run's folder)."""
     samples: str | None = None
     """evaluate: folder of a sample set."""
-    decoders: list[str] = field(default_factory=list)
-    """evaluate: decoders of the same latents, each `name:checkpoint reference:steps`."""
-    features: list[str] = field(default_factory=list)
-    """evaluate: feature networks of the distances: inception, efficientnet_lite0, classifier:FILE."""
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    """evaluate: real images to compare with."""
+    dataset: DatasetConfig = field(default_factory=adm_images)
+    """evaluate: real images to compare with, the train split as reference, the val split as floor and held-out set."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation."""

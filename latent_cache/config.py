@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from ssdd.engine.images import DatasetConfig
 
 
-@dataclass
-class CachedImages(DatasetConfig):
-    """The images of a cache: those of the tokenizer's training, but cropped as every gFID reference is."""
-
-    crop: str = field(default="adm", metadata={"choices": ("resize", "adm")})
-    """Crop: adm (box halving, bicubic; gFID's) or resize (bilinear short side, centre crop; the paper's)."""
+def adm_images() -> DatasetConfig:
+    """Images as every gFID reference has them: those of the tokenizer's training, with the ADM crop."""
+    return DatasetConfig(crop="adm")
 
 
 @dataclass
@@ -31,7 +28,7 @@ class BuildConfig:
     """Where run names are looked up, as in ssdd/main.py."""
     overwrite: bool = False
     """Delete the cache, or the unfinished build, of other settings that `out` holds."""
-    dataset: CachedImages = field(default_factory=CachedImages)
+    dataset: DatasetConfig = field(default_factory=adm_images)
     """Images to encode, in the order of the source. batch_size and aug_scale have no effect on a cache."""
     splits: list[str] = field(default_factory=lambda: ["train", "val"], metadata={"choices": ("train", "val")})
     """Splits to encode; train is always one of them, since the statistics are those of the train split."""

@@ -63,6 +63,8 @@ class TokenizerConfig:
     """Weights of which only the encoder is read."""
     encoder_train: bool = False
     """Train the encoder together with the decoder; otherwise it is frozen."""
+    posterior_std: float = 1.0
+    """Deviation of the posterior that an encoder trained from scratch starts with; small values learn faster."""
     compile: bool = True
     """torch.compile the networks."""
     fm_sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -146,7 +148,7 @@ class SSDDConfig:
     task: str = field(default="train", metadata={"choices": ("train", "eval", "z_stats", "classifier")})
     """What to do; classifier trains the small network whose features judge image sets (classifier:FILE)."""
     run_name: str | None = None
-    """Name of the run: its folder is ckpt_dir/jobs/run_name. Training resumes a run of that name. Default: date, time."""
+    """Name of the run: its folder is ckpt_dir/jobs/run_name. Training resumes that run. Default: date and time."""
     ckpt_dir: str = "runs"
     """Where runs live, and where checkpoint references are looked up."""
     seed: int = 0

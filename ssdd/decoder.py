@@ -38,6 +38,8 @@ class DecoderSize:
     """Attention heads; None takes min(16, max(4, D // 64)) for a middle of D channels."""
     groups: int = 32
     """Groups of every group norm; the published sizes keep 32, our small one at least 64 values a group."""
+    init_std: float | None = 0.02
+    """Deviation of the convolutions at the start; None takes fan_in^-1/2, which narrow layers need to pass a signal."""
 
     @property
     def levels(self) -> list[int]:
@@ -46,7 +48,7 @@ class DecoderSize:
 
 
 DECODER_SIZES = {
-    "XXS": DecoderSize(16, (1, 2, 3, 4), layers=2, heads=2, groups=8),
+    "XXS": DecoderSize(16, (1, 2, 3, 4), layers=2, heads=2, groups=8, init_std=None),
     "XS": DecoderSize(32, (1, 2, 3, 3), layers=8, heads=4),
     "S": DecoderSize(48, (1, 2, 3, 3), layers=8, heads=4),
     "B": DecoderSize(64, (1, 2, 3, 3), layers=10),
@@ -57,7 +59,7 @@ DECODER_SIZES = {
     "XH": DecoderSize(256, (1, 2, 4, 4), layers=16),
     "G": DecoderSize(384, (1, 2, 4, 4), layers=16),
 }
-"""XS..G are the published sizes; XXS is ours, for quickstarts and tests on 32x32 images."""
+"""XS..G are the published sizes; XXS is ours, for quickstarts and tests on images of 16 to 32 px."""
 
 
 class TransformerBlock(nn.Module):
@@ -187,13 +189,13 @@ class UViTDecoder(nn.Module):
             self.up_blocks.append(UpBlock(resnets, i < len(levels) - 1, channels))
         self.conv_norm_out = GroupNorm(groups, levels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(levels[0], 3, 3, padding=1)
-        self.initialise()
+        self.initialise(size.init_std)
 
-    def initialise(self) -> None:
-        """Output layers of all residual branches zero, other convolutions N(0, 0.02^2), linears Xavier (facts a.6)."""
+    def initialise(self, std: float | None) -> None:
+        """Output layers of all residual branches zero, other convolutions N(0, std^2), linears Xavier (facts a.6)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5 if std is None else std)
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
             if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
@@ -251,6 +253,6 @@ class UViTDecoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h))).float()
 
     def forward(self, x_t: Tensor, t: Tensor | float, z: Tensor) -> Tensor:
-        """v = x - eps at x_t [B, 3, H, W], t in [0, 1] (scalar or [B]), latent z [B, z_dim, h, w]: float32 [B, 3, H, W]."""
+        """v = x - eps, float32 [B, 3, H, W], at x_t of that shape, t in [0, 1] (scalar or [B]), z [B, z_dim, h, w]."""
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device)
         return self.velocity(x_t, t, self.condition(z, *x_t.shape[-2:]))

@@ -15,7 +15,7 @@ from ssdd.layers import GroupNorm
 
 
 def parse_encoder_name(name: str) -> tuple[int, int]:
-    """"f8c4" -> (8, 4): stride and latent channels. ValueError for anything else."""
+    """ "f8c4" -> (8, 4): stride and latent channels. ValueError for anything else."""
     match = re.fullmatch(r"f(\d+)c(\d+)", name)
     stride, channels = (int(n) for n in match.groups()) if match else (0, 0)
     if stride not in (4, 8, 16, 32, 64) or channels < 1:
@@ -23,8 +23,12 @@ def parse_encoder_name(name: str) -> tuple[int, int]:
     return stride, channels
 
 
+PUBLISHED_WIDTH = 64
+"""From this width on, group norms and initialisation are the published ones; narrower encoders are ours."""
+
+
 def _groups(width: int) -> int:
-    return 32 if width >= 64 else max(1, width // 4)
+    return 32 if width >= PUBLISHED_WIDTH else max(1, width // 4)
 
 
 class EncoderBlock(nn.Module):
@@ -109,7 +113,7 @@ class Encoder(nn.Module):
 
     def __init__(self, stride: int, z_dim: int, width: int = 128):
         super().__init__()
-        self.stride, self.z_dim = stride, z_dim
+        self.stride, self.z_dim, self.width = stride, z_dim, width
         groups = _groups(width)
         widths = [width * m for m in [1, 2] + [4] * (int(math.log2(stride)) - 1)]
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
@@ -128,9 +132,15 @@ class Encoder(nn.Module):
             h = level(h)
         return self.out_proj(self.conv_out(F.silu(self.norm_out(self.mid(h)))))
 
-    def initialise(self) -> None:
-        """Convolutions N(0, 0.02^2) with zero bias (SSDD facts a.6), for an encoder that is going to be trained."""
+    def initialise(self, posterior_std: float = 1.0) -> None:
+        """For an encoder that is going to be trained: convolutions N(0, 0.02^2), zero bias (SSDD facts a.6).
+
+        Narrow encoders take fan_in^-1/2 instead of 0.02, or no signal would pass. `posterior_std` is what the
+        posterior's deviation starts at.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.02)
+                fan_in = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=0.02 if self.width >= PUBLISHED_WIDTH else fan_in**-0.5)
                 nn.init.zeros_(module.bias)
+        nn.init.constant_(self.out_proj.bias[self.z_dim :], 2 * math.log(posterior_std))

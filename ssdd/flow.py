@@ -1,6 +1,6 @@
 """Flow matching on the straight path between data (t = 0) and noise (t = 1): path, time draws, time grids, solvers.
 
-Path, solvers and networks know nothing of each other; the tokenizer's decoder and the latent generators share this file.
+Path, solvers and networks know nothing of each other; the tokenizer's decoder and the generators share this file.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,8 +76,8 @@ class LatentNorm:
 
     def scalar(self) -> LatentNorm:
         """The same statistics with one mean and deviation for all channels."""
-        mean = torch.full_like(self.mean, self.z_mean)
-        return LatentNorm(mean, torch.full_like(self.std, self.z_std), self.z_mean, self.z_std, self.count, self.fingerprint)
+        mean, std = torch.full_like(self.mean, self.z_mean), torch.full_like(self.std, self.z_std)
+        return replace(self, mean=mean, std=std)
 
     def normalise(self, z: Tensor) -> Tensor:
         """Raw latent [B, C, h, w] -> normalised latent, float32."""
@@ -119,7 +119,7 @@ class LatentNorm:
         if fingerprint is not None and stats["fingerprint"] != fingerprint:
             raise UserError(
                 f"{path} holds the statistics of another encoder (weights {stats['fingerprint'][:12]}, "
-                f"this encoder {fingerprint[:12]}): make them again with task=z_stats, or load the encoder they belong to"
+                f"this encoder {fingerprint[:12]}): make them again with task=z_stats, or load their own encoder"
             )
         mean, std = torch.tensor(stats["mean"]), torch.tensor(stats["std"])
         return cls(mean, std, stats["z_mean"], stats["z_std"], stats["count"], stats["fingerprint"])

@@ -146,7 +146,7 @@ class FeedForward(nn.Module):
 
 
 class AdaLayerNorm(nn.Module):
-    """Layer norm without affine over channels, then (1 + scale) and shift (in the order shift, scale) from the context."""
+    """Layer norm without affine over channels, then (1 + scale) and shift (order: shift, scale) from the context."""
 
     def __init__(self, channels: int, ctx_channels: int):
         super().__init__()

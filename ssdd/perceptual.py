@@ -1,4 +1,4 @@
-"""LPIPS, the learned perceptual distance (Zhang et al. 2018), on weights found in the project's search path."""
+"""Perceptual distances: LPIPS (Zhang et al. 2018) and its form on a network that installs without a download."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from ssdd.engine.features import EfficientNetLite0
 from ssdd.engine.weights import find, load_tensors
 
 EPS = 1e-8
@@ -57,3 +58,23 @@ def _load_backbone(slices: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy torchvision's `features.<i>.{weight,bias}` into the package's slices, which keep the number i."""
     state = {key: weights[f"features.{key.split('.', 1)[1]}"] for key in slices.state_dict()}
     slices.load_state_dict(state)
+
+
+class Lite0Distance(nn.Module):
+    """LPIPS's form on EfficientNet-Lite0, for machines without its weights; an evaluation figure of its own name.
+
+    Squared difference of the channel-normalised maps of five stages, averaged over positions and stages: [0, 2].
+    """
+
+    name = "lite0_distance"
+
+    def __init__(self):
+        super().__init__()
+        self.network = EfficientNetLite0(load_tensors(find("efficientnet_lite0"))).eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, originals: Tensor) -> Tensor:
+        """Distances [B] of uint8 images [B, 3, H, W]."""
+        pairs = list(zip(self.network.stages(images), self.network.stages(originals), strict=True))
+        return sum(
+            (_unit_channels(a) - _unit_channels(b)).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs
+        ) / len(pairs)

@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssdd.decoder import DECODER_SIZES, UViTDecoder
 from ssdd.encoder import Encoder, parse_encoder_name
-from ssdd.engine.checkpoint import resolve
+from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import write_atomic
 from ssdd.flow import euler, time_grid
 from ssdd.latent import DiagonalGaussian
 
@@ -33,7 +31,8 @@ class SSDD(nn.Module):
     decoder: a size of `ssdd.decoder.DECODER_SIZES`.
     checkpoint: run name, `run@best`, folder or .safetensors file with both networks; `encoder_checkpoint` the same,
         of which only the encoder is read.
-    encoder_train: leave the encoder trainable; otherwise it is frozen.
+    encoder_train: leave the encoder trainable; otherwise it is frozen. posterior_std: deviation of z that an encoder
+        to be trained from scratch starts with.
     fm_sampler: defaults of `decode`, {"steps": 8, "t_pow_shift": 2.0}.
     ckpt_dir: where run names are looked up.
     """
@@ -45,6 +44,7 @@ class SSDD(nn.Module):
         checkpoint: str | Path | None = None,
         encoder_checkpoint: str | Path | None = None,
         encoder_train: bool = False,
+        posterior_std: float = 1.0,
         fm_sampler: Mapping[str, Any] | None = None,
         ckpt_dir: str | Path = "runs",
     ):
@@ -66,19 +66,26 @@ class SSDD(nn.Module):
         self.encoder = Encoder(self.f, self.z_dim, width)
         self.decoder = UViTDecoder(decoder, self.z_dim)
         if encoder_train:
-            self.encoder.initialise()
+            self.encoder.initialise(posterior_std)
         self.encoder.requires_grad_(encoder_train)
         if checkpoint is not None:
             path = resolve(str(checkpoint), ckpt_dir)
             load_weights(self, read_weights(path)[0], path)
         if encoder_checkpoint is not None:
             path = resolve(str(encoder_checkpoint), ckpt_dir)
-            weights = {k.removeprefix("encoder."): v for k, v in read_weights(path)[0].items() if k.startswith("encoder.")}
+            weights = {
+                k.removeprefix("encoder."): v for k, v in read_weights(path)[0].items() if k.startswith("encoder.")
+            }
             load_weights(self.encoder, weights, path)
         self.to(memory_format=torch.channels_last)
 
+    def compile(self, **options: object) -> None:
+        """torch.compile the encoder and the decoder's velocity, in place; the state dict stays the same."""
+        self.encoder.compile(**options)
+        self.decoder.velocity = torch.compile(self.decoder.velocity, **options)
+
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Image [B, 3, H, W] in [-1, 1] -> posterior over z [B, c, H/f, W/f]. ValueError if f does not divide H and W."""
+        """Image [B, 3, H, W] in [-1, 1] -> posterior over z [B, c, H/f, W/f]. ValueError unless f divides H and W."""
         if x.shape[-2] % self.f or x.shape[-1] % self.f:
             raise ValueError(f"image sides must be multiples of {self.f}, got {x.shape[-2]}x{x.shape[-1]}")
         x = x.to(self.encoder.conv_in.weight.dtype, memory_format=torch.channels_last)
@@ -124,8 +131,7 @@ class SSDD(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write folder/model.safetensors, weights and configuration in one file (atomically)."""
-        tensors = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
-        write_atomic(Path(folder) / WEIGHTS_NAME, save(tensors, metadata=self.metadata))
+        save_tensors(Path(folder) / WEIGHTS_NAME, self.state_dict(), self.metadata)
 
     @classmethod
     def from_pretrained(cls, reference: str | Path, ckpt_dir: str | Path = "runs", **overrides: Any) -> SSDD:
@@ -138,7 +144,9 @@ class SSDD(nn.Module):
         weights, metadata = read_weights(path)
         config = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else {}
         if not config and not {"encoder", "decoder"} <= set(overrides):
-            raise UserError(f"{path} does not say which networks it holds: pass encoder= and decoder= (such as f8c4 and M)")
+            raise UserError(
+                f"{path} does not say which networks it holds: pass encoder= and decoder= (such as f8c4 and M)"
+            )
         model = cls(**config | overrides)
         load_weights(model, weights, path)
         return model

@@ -24,16 +24,18 @@ def help_text(schema: type, program: str, description: str) -> str:
         if names := available(kind):
             blocks.append(_fill(f"{kind}: " + ", ".join(prefix + name for name in names), ""))
     groups: dict[str, list[str]] = {"": ["keys"]}
+    made: dict[str, Any] = {}  # group key -> its default value, which may differ from its class's defaults
     for key, field in schema_fields(schema).items():
+        parent, _, name = key.rpartition(".")
+        default = getattr(made[parent], name) if made.get(parent) is not None else _default(field)
         if field.group is not None:
+            made[key] = None if default is dataclasses.MISSING else default
             doc = field_docs(field.owner).get(field.field.name) or _class_doc(field.group)
             groups[key] = [_fill(f"{key}: {doc}" if doc else key, "")]
             if field.optional:
-                groups[key].append(
-                    f"  {key}=null turns the group off" + (" (default)" if _default(field) is None else "")
-                )
+                groups[key].append(f"  {key}=null turns the group off" + (" (default)" if default is None else ""))
         else:
-            groups[key.rpartition(".")[0]] += _entry(key, field)
+            groups[parent] += _entry(key, field, default)
     blocks += ["\n".join(lines) for lines in groups.values() if len(lines) > 1]
     return "\n\n".join(blocks)
 
@@ -55,12 +57,11 @@ def field_docs(schema: type) -> dict[str, str]:
     return docs
 
 
-def _entry(key: str, field: SchemaField) -> list[str]:
+def _entry(key: str, field: SchemaField, default: Any) -> list[str]:
     if field.choices:
         kind = " | ".join(str(choice) for choice in field.choices) + (" or null" if field.optional else "")
     else:
         kind = type_name(field.type, field.optional)
-    default = _default(field)
     shown = "required" if default is dataclasses.MISSING else f"default {_yaml_value(default)}"
     lines = [_fill(f"{key}  ({kind}; {shown})", "  ")]
     if doc := field_docs(field.owner).get(field.field.name):

@@ -113,6 +113,10 @@ class EfficientNetLite0(nn.Module):
         """ImageNet class logits [n, 1000] of uint8 images [n, 3, h, w]."""
         return self.model(self._inputs(images))
 
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of the five resolutions, finest first, of uint8 images [n, 3, h, w]."""
+        return self.model.forward_intermediates(self._inputs(images), intermediates_only=True)
+
     def _inputs(self, images: Tensor) -> Tensor:
         inputs = from_uint8(images).contiguous(memory_format=torch.channels_last)
         if min(inputs.shape[2:]) < LITE0_SMALLEST_SIDE:

@@ -32,7 +32,5 @@ def indexed_noise(
     Row i depends on `(seed, stream, indices[i])` alone: evaluation and sampling give the same figures for any batch
     size and number of processes.
     """
-    rows = [
-        torch.randn(tuple(shape), generator=batch_generator("cpu", seed, stream, int(index))) for index in indices
-    ]
+    rows = [torch.randn(tuple(shape), generator=batch_generator("cpu", seed, stream, int(index))) for index in indices]
     return torch.stack(rows) if rows else torch.empty(0, *shape)

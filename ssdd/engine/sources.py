@@ -22,7 +22,7 @@ FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 FLIP_OF_SOURCE = {"digits": False, "fashion_mnist": False, "imagefolder": True}
-SMALL_SIDE = 32  # digits and Fashion-MNIST come in this size, so that at 32 px all the named resizings agree
+SMALL_SIDE = 32  # Fashion-MNIST comes in this size, so that at 32 px all the named resizings agree
 HELD_OUT_DIGITS = 500
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HASHED_BYTES = 1 << 30  # a folder up to this size is fingerprinted by content, a larger one by names and sizes
@@ -156,7 +156,7 @@ def open_source(cfg: DatasetConfig, split: str) -> ImageSource:
     if cfg.limit is not None and cfg.limit < 1:
         raise UserError(f"dataset.limit={cfg.limit}: expected a positive number of images, or null for all")
     if cfg.source == "digits":
-        pictures, labels, class_names = _digits(split)
+        pictures, labels, class_names = _digits(split, cfg.im_size)
     elif cfg.source == "fashion_mnist":
         pictures, labels, class_names = _fashion_mnist(cfg.root, split)
     elif cfg.source == "imagefolder":
@@ -184,11 +184,11 @@ def balanced_order(labels: np.ndarray) -> np.ndarray:
     return by_class[shuffled][np.argsort(rounds[shuffled], kind="stable")].astype(np.int64)
 
 
-def _digits(split: str) -> tuple[PixelArray, np.ndarray, list[str]]:
+def _digits(split: str, side: int) -> tuple[PixelArray, np.ndarray, list[str]]:
     """The 1797 digits of scikit-learn (8 x 8, grey 0..16), 500 of them held out, every class in proportion.
 
-    They come enlarged, bicubic, to 32 x 32. Left at 8 x 8, the resizings for training (Lanczos), evaluation (bilinear)
-    and gFID (ADM: bicubic) would make three different data sets of them, only 24 to 31 dB alike.
+    They come enlarged, bicubic, to side x side. Left at 8 x 8, the resizings for training (Lanczos), evaluation
+    (bilinear) and gFID (ADM: bicubic) would make three different data sets of them, only 24 to 31 dB alike.
     """
     from sklearn.datasets import load_digits
 
@@ -203,8 +203,7 @@ def _digits(split: str) -> tuple[PixelArray, np.ndarray, list[str]]:
     val = np.concatenate([own[:n] for own, n in zip(members, held_out, strict=True)])
     indices = np.sort(val) if split == "val" else np.setdiff1d(np.arange(len(labels)), val)
     small = np.rint(data.images[indices] * (255 / 16)).astype(np.uint8)
-    side = (SMALL_SIDE, SMALL_SIDE)
-    pixels = [np.asarray(Image.fromarray(digit).resize(side, Image.Resampling.BICUBIC)) for digit in small]
+    pixels = [np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)) for digit in small]
     return PixelArray(np.stack(pixels)), labels[indices], [str(digit) for digit in range(10)]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ssdd.config import SSDDConfig
+from ssdd.decoders import Row
 from ssdd.distill import DistillationObjective
 from ssdd.engine import checkpoint
 from ssdd.engine.ema import Ema
@@ -29,7 +30,7 @@ from ssdd.engine.run import RunDirectory
 from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
 from ssdd.objective import FlowObjective, step_draws, weighted_sum
 from ssdd.perceptual import Lpips
-from ssdd.tasks.evaluate import Evaluation, Row
+from ssdd.tasks.evaluate import Evaluation
 from ssdd.tokenizer import SSDD
 
 
@@ -134,7 +135,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                         terms = model(x[part], draws.rows(part))
                     loss = weighted_sum(terms, weights) / training.grad_accumulate
                     accelerator.backward(loss)
-                window[:-1] += torch.stack([terms[name].detach() for name in objective.terms]) / training.grad_accumulate
+                window[:-1] += (
+                    torch.stack([terms[name].detach() for name in objective.terms]) / training.grad_accumulate
+                )
                 finite &= loss.isfinite()
 
             # Optimise, average.
@@ -216,6 +219,7 @@ def build_tokenizer(cfg: SSDDConfig) -> SSDD:
         checkpoint=cfg.ssdd.checkpoint,
         encoder_checkpoint=cfg.ssdd.encoder_checkpoint,
         encoder_train=cfg.ssdd.encoder_train and not cfg.distill_teacher,
+        posterior_std=cfg.ssdd.posterior_std,
         fm_sampler=vars(cfg.ssdd.fm_sampler),
         ckpt_dir=cfg.ckpt_dir,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from latent_cache.build import build
-from latent_cache.config import BuildConfig, CachedImages, ViewsConfig
+from latent_cache.config import BuildConfig, ViewsConfig, adm_images
 from ssdd.tokenizer import SSDD
 
 Settings = Callable[..., BuildConfig]
@@ -45,7 +46,9 @@ def settings(tokenizer: Path) -> Settings:
     def make(out: Path, flip: bool = False, dataset: dict | None = None, **changes: object) -> BuildConfig:
         images = {"source": "digits", "im_size": 16, "limit": 60, "flip": flip or None} | (dataset or {})
         changes = {"samples_per_shard": 16, "batch_size": 8, "device": "cpu"} | changes
-        return BuildConfig(str(tokenizer), str(out), dataset=CachedImages(**images), views=ViewsConfig(flip), **changes)
+        return BuildConfig(
+            str(tokenizer), str(out), dataset=replace(adm_images(), **images), views=ViewsConfig(flip), **changes
+        )
 
     return make
 

@@ -1,0 +1,140 @@
+"""Run the chain from images to gFID: `python scripts/pipeline.py configs/pipelines/digits.yaml [key=value ...]`.
+
+A stage is done when a record with the fingerprint of its command and of everything it reads lies in `stages/`; a second
+run skips it. A stage that was interrupted continues if its fingerprint is still the same, else starts afresh.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run as a path: become scripts.pipeline, whose relative imports work
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:] = [str(root), *(entry for entry in sys.path if Path(entry or ".").resolve() != root / "scripts")]
+    sys.exit(importlib.import_module("scripts.pipeline").main())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run or continue the pipeline; 2 for errors that the user can mend, else the status of a stage that failed."""
+    from ssdd.engine.config import configs_dir, parse
+    from ssdd.engine.errors import UserError
+
+    from .stages import PipelineConfig, build_stages
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and "=" not in argv[0] and not argv[0].startswith("-"):
+        path = Path(argv[0])
+        path = path if path.is_file() else configs_dir() / "pipelines" / f"{path.stem}.yaml"
+        argv[0] = f"preset={path}"
+    try:
+        cfg = parse(
+            PipelineConfig, argv, program="pipeline",
+            description="Images in, gFID with the several-step and the one-step decoder out. First argument: a "
+            "pipeline's YAML file, such as configs/pipelines/digits.yaml.",
+        )  # fmt: skip
+        stages = build_stages(cfg)
+        check_arguments(stages)
+        for number, stage in enumerate(stages, 1):
+            status = run_stage(cfg, stage, stages, f"[{number}/{len(stages)}] {stage.name}")
+            if status != 0:
+                return status
+        from .report import write_report
+
+        print(write_report(cfg, stages))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check_arguments(stages: list[Any]) -> None:
+    """Parse every stage's command line before the first one starts; UserError names the stage."""
+    from ssdd.engine.config import parse
+    from ssdd.engine.errors import UserError
+
+    from .stages import PROGRAMS
+
+    for stage in stages:
+        program, schema = PROGRAMS[stage.module]
+        arguments = [a for a in stage.arguments if "=" in a]
+        try:
+            parse(schema, arguments, program=program, description="")
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None
+
+
+def run_stage(cfg: Any, stage: Any, stages: list[Any], title: str) -> int:
+    """Run one stage unless it is done; its exit status."""
+    from ssdd.engine.files import read_json, sha256_file, write_json
+
+    records = Path(cfg.ckpt_dir) / cfg.name / "stages"
+    done, started = records / f"{stage.name}.json", records / f"{stage.name}.started.json"
+    key = fingerprint(cfg, stage, records)
+    if done.is_file() and (record := read_json(done))["key"] == key:
+        if all(Path(p).is_file() and sha256_file(p) == digest for p, digest in record["outputs"].items()):
+            print(f"{title}: done before ({record['seconds']:.0f} s)", flush=True)
+            return 0
+        started.unlink(missing_ok=True)  # outputs were changed or deleted: make them again from the start
+    done.unlink(missing_ok=True)
+    before = read_json(started) if started.is_file() else {"key": None, "seconds": 0.0}
+    if before["key"] != key:
+        for folder in stage.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        before = {"key": key, "seconds": 0.0}
+        write_json(started, before)
+    command = [sys.executable, "-m", stage.module, *stage.arguments]
+    if cfg.processes > 1 and stage.parallel:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.processes}", "-m"]
+        command = [sys.executable, "-m", *launcher, stage.module, *stage.arguments]
+    print(f"{title}: {shlex.join(['python', *command[1:]])}", flush=True)
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (package_root(), environment.get("PYTHONPATH")) if p)
+    if cfg.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(cfg.threads)
+    began = time.perf_counter()
+    status = subprocess.run(command, env=environment, check=False).returncode
+    seconds = before["seconds"] + time.perf_counter() - began
+    if status == 0 and not all(path.is_file() for path in stage.outputs):
+        print(f"{title}: interrupted; the same command continues it", flush=True)
+        status = 3
+    if status != 0:
+        write_json(started, before | {"seconds": seconds})
+        return status
+    outputs = {str(path): sha256_file(path) for path in stage.outputs}
+    write_json(done, {"key": key, "seconds": seconds, "outputs": outputs})
+    print(f"{title}: {seconds:.0f} s", flush=True)
+    return 0
+
+
+def fingerprint(cfg: Any, stage: Any, records: Path) -> str:
+    """What the outcome of a stage depends on: its command, threads, images, and the outputs of earlier stages."""
+    from ssdd.engine.files import read_json, sha256_json
+    from ssdd.engine.sources import open_source
+
+    inputs = {name: read_json(records / f"{name}.json")["outputs"] for name in stage.inputs}
+    images = {split: open_source(cfg.dataset, split).fingerprint() for split in ("train", "val")}
+    return sha256_json(
+        {
+            "module": stage.module,
+            "arguments": stage.arguments,
+            "threads": cfg.threads,
+            "processes": cfg.processes,
+            "inputs": {name: sorted(outputs.values()) for name, outputs in inputs.items()},
+            "images": images if stage.reads_images else None,
+        }
+    )
+
+
+def package_root() -> str:
+    """The folder that `ssdd` is imported from, so that stages run the same code wherever they are started."""
+    import ssdd
+
+    return str(Path(ssdd.__file__).resolve().parents[1])

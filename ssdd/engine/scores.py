@@ -1,0 +1,100 @@
+"""Image sets against a reference set, by several feature networks at once: Frechet distance, KID, precision, recall."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ssdd.engine.features import FeatureNetwork, load_features
+from ssdd.engine.fidelity import (
+    FeatureStatistics,
+    KernelEstimate,
+    Statistics,
+    frechet_distance,
+    kernel_bootstrap,
+    precision_recall,
+)
+from ssdd.engine.weights import has
+
+AUTOMATIC = ("inception", "efficientnet_lite0")
+
+
+def load_networks(names: Sequence[str], device: Any) -> list[FeatureNetwork]:
+    """Feature networks by name; "auto" stands for those of `AUTOMATIC` whose weights are on this machine.
+
+    UserError for a network that is named and has no weights.
+    """
+    chosen: list[str] = []
+    for name in names:
+        chosen += [n for n in AUTOMATIC if has(n)] if name == "auto" else [name]
+    return [load_features(name, device) for name in dict.fromkeys(chosen)]
+
+
+class SetScores:
+    """Collects the features of named image sets, then compares them with one of them."""
+
+    def __init__(self, networks: Sequence[FeatureNetwork]):
+        self.networks = list(networks)
+        self._collected: dict[str, list[FeatureStatistics]] = {}
+
+    def update(self, name: str, images: Tensor, indices: Tensor) -> None:
+        """Add uint8 images [n, 3, H, W] with their indices (int64 [n]) to the set `name`."""
+        statistics = self._collected.setdefault(name, [FeatureStatistics(network.dim) for network in self.networks])
+        for network, collected in zip(self.networks, statistics, strict=True):
+            collected.update(network(images), indices)
+
+    def compute(self) -> dict[str, dict[str, Statistics]]:
+        """Network name -> set name -> statistics, merged over all processes."""
+        for statistics in self._collected.values():
+            for collected in statistics:
+                collected.reduce()
+        return {
+            network.name: {name: statistics[i].compute() for name, statistics in self._collected.items()}
+            for i, network in enumerate(self.networks)
+        }
+
+
+def compare(
+    sets: dict[str, Statistics], rows: Sequence[str], originals: str, reals: str | None, resamples: int, seed: int
+) -> tuple[dict[str, dict[str, float]], dict[str, KernelEstimate]]:
+    """Scores of the sets `rows` on the features of one network.
+
+    The Frechet distance is to the set `originals`; KID with its 95 % bootstrap interval over images, precision and
+    recall are to the set `reals`, which must not be the very images that were reconstructed: pairs of an image and its
+    own reconstruction would make the unbiased KID negative. Without `reals` they are left out.
+    Returns (row -> {frechet, kid, kid_low, kid_high, kid_deviation, precision, recall}, row -> its KID's bootstrap).
+    """
+    scores: dict[str, dict[str, float]] = {}
+    for row in rows:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the caller prints the floor beside the distance
+            scores[row] = {"frechet": frechet_distance(sets[row], sets[originals])}
+    if reals is None:
+        return scores, {}
+    features = sets[reals].features
+    kernels = kernel_bootstrap({row: sets[row].features for row in rows}, features, resamples, seed)
+    for row, kernel in kernels.items():
+        precision, recall = precision_recall(features, sets[row].features)
+        scores[row] |= {
+            "kid": kernel.value,
+            "kid_low": kernel.low,
+            "kid_high": kernel.high,
+            "kid_deviation": kernel.deviation,
+            "precision": precision,
+            "recall": recall,
+        }
+    return scores, kernels
+
+
+def paired_differences(kernels: dict[str, KernelEstimate], rows: Sequence[str]) -> dict[str, dict[str, float]]:
+    """KID differences "a - b" of sets that share their latents, with 95 % intervals of the paired bootstrap."""
+    differences = {}
+    for i, a in enumerate(rows):
+        for b in rows[i + 1 :]:
+            low, high = np.percentile(kernels[a].resampled - kernels[b].resampled, [2.5, 97.5]).tolist()
+            differences[f"{a} - {b}"] = {"kid": kernels[a].value - kernels[b].value, "low": low, "high": high}
+    return differences

@@ -1,0 +1,1 @@
+"""The tasks of `ssdd/main.py`; each module has `run(cfg)`."""

@@ -1,0 +1,200 @@
+"""Task `eval`: reconstruction quality of tokenizers, side by side on the same images, latents' noise and metrics.
+
+Decoder noise comes from one generator per image index: the figures depend neither on batch size nor on processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ssdd.baselines import PixelPCA, slight_blur
+from ssdd.config import SSDDConfig
+from ssdd.decoders import Row, open_rows
+from ssdd.engine.errors import UserError
+from ssdd.engine.images import ImageDataset, eval_batches, open_source
+from ssdd.engine.metrics import psnr, ssim
+from ssdd.engine.noise import indexed_noise
+from ssdd.engine.pictures import grid, save_png, to_uint8
+from ssdd.engine.run import RunDirectory
+from ssdd.engine.scores import SetScores, compare, load_networks, paired_differences
+from ssdd.engine.training import open_accelerator, peak_memory
+from ssdd.engine.weights import has
+from ssdd.perceptual import Lite0Distance, Lpips
+from ssdd.tokenizer import SSDD
+
+ORIGINALS, REALS = "originals", "reals"
+HIGHER_IS_BETTER = ("PSNR", "SSIM")
+
+
+class Evaluation:
+    """The images, networks and metrics of reconstruction evaluations; made once, run on any rows."""
+
+    def __init__(self, cfg: SSDDConfig, accelerator: Accelerator):
+        self.cfg, self.accelerator = cfg, accelerator
+        self.device = accelerator.device
+        self.dataset = ImageDataset(open_source(cfg.dataset, "val"), cfg.dataset, train=False)
+        self.networks = load_networks(cfg.evaluation.features, self.device)
+        self.perceptual = {}
+        if has("alexnet"):
+            self.perceptual["LPIPS"] = Lpips("alex").to(self.device)
+        if has("efficientnet_lite0"):
+            self.perceptual[Lite0Distance.name] = Lite0Distance().to(self.device)
+
+    @torch.no_grad()
+    def run(self, rows: Sequence[Row], baselines: bool = False, reals: bool = False) -> dict[str, Any]:
+        """Reconstruct the validation images with every row and score them.
+
+        Returns {"count", "rows": [{name, steps, PSNR, SSIM, MSE, MAE, perceptual distances, images_per_s, distances:
+        {network: scores}}], "floor": {network: scores}, "paired": {network: KID differences}, "pictures": name ->
+        uint8 images}. Frechet distances are to the originals (rFID); with `reals`, KID, precision and recall are to as
+        many training images, and the floor has what the originals themselves score against those.
+        """
+        scores, values, seconds = SetScores(self.networks), defaultdict(dict), defaultdict(float)
+        pictures: dict[str, Tensor] = {}
+        pca = self._pca(rows[0].tokenizer) if baselines else None
+        for x, _, indices in self._batches(self.dataset):
+            originals = to_uint8(x)
+            images = {ORIGINALS: originals}
+            noise = indexed_noise(indices, x.shape[1:], self.cfg.seed, "decoder").to(self.device)
+            for row in rows:
+                with self.accelerator.autocast():
+                    z = row.tokenizer.encode(x).mode()
+                    began = time.perf_counter()
+                    decoded = row.tokenizer.decode(z, steps=row.steps, noise=noise)
+                    images[row.name] = to_uint8(decoded)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    seconds[row.name] += time.perf_counter() - began
+            if pca is not None:
+                images[f"PCA-{pca.pca.n_components_}"] = pca.decode(pca.encode(originals.cpu())).to(self.device)
+                images["blur"] = slight_blur(originals)
+            for name, batch in images.items():
+                scores.update(name, batch, indices)
+                if name != ORIGINALS:
+                    values[name] |= self._image_metrics(batch, originals, indices)
+                kept = pictures.get(name, batch[:0].cpu())
+                pictures[name] = torch.cat([kept, batch[: self.cfg.show_samples - len(kept)].cpu()])
+        if reals:
+            as_many = replace(self.cfg.dataset, limit=len(self.dataset))
+            training = ImageDataset(open_source(as_many, "train"), as_many, train=False)
+            for x, _, indices in self._batches(training):
+                scores.update(REALS, to_uint8(x), indices)
+        result = self._summarise(scores, self._merge(values), rows, reals)
+        for row in result["rows"]:
+            if row["name"] in seconds:
+                own = len(range(self.accelerator.process_index, result["count"], self.accelerator.num_processes))
+                row["images_per_s"] = own / seconds[row["name"]] * self.accelerator.num_processes
+        return result | {"pictures": pictures}
+
+    def deciding(self, scores: dict[str, Any], wanted: str) -> tuple[str, float]:
+        """(metric, value where more is better) that decides what `best` is: `wanted`, or PSNR where that is missing."""
+        if wanted == "FID" and "inception" in scores["distances"]:
+            return wanted, -scores["distances"]["inception"]["frechet"]
+        if wanted in scores:
+            return wanted, scores[wanted] if wanted in HIGHER_IS_BETTER else -scores[wanted]
+        return "PSNR", scores["PSNR"]
+
+    def _batches(self, dataset: ImageDataset):
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        for x, labels, indices in eval_batches(
+            dataset, self.cfg.evaluation.batch_size, rank, world, self.cfg.dataset.workers
+        ):
+            yield x.to(self.device, memory_format=torch.channels_last), labels, indices
+
+    def _image_metrics(self, images: Tensor, originals: Tensor, indices: Tensor) -> dict[int, dict[str, float]]:
+        """Sample index -> metrics of that image, on 8-bit pixels; MSE and MAE in units of [0, 1] times 1000 and 1."""
+        difference = (images.float() - originals.float()) / 255
+        columns = {
+            "PSNR": psnr(images, originals),
+            "SSIM": ssim(images, originals),
+            "MSE": 1000 * difference.square().mean(dim=(1, 2, 3)),
+            "MAE": difference.abs().mean(dim=(1, 2, 3)),
+        }
+        for name, distance in self.perceptual.items():
+            if name == "LPIPS":
+                columns[name] = distance(images.float() / 127.5 - 1, originals.float() / 127.5 - 1)
+            else:
+                columns[name] = distance(images, originals)
+        table = {name: column.tolist() for name, column in columns.items()}
+        return {index: {name: table[name][i] for name in table} for i, index in enumerate(indices.tolist())}
+
+    def _merge(self, values: dict[str, dict[int, dict[str, float]]]) -> dict[str, dict[str, float]]:
+        """Means over all images of all processes, summed in the order of their indices."""
+        merged: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
+        for part in gather_object([dict(values)]):
+            for name, rows in part.items():
+                merged[name] |= rows
+        return {
+            name: {key: sum(rows[i][key] for i in sorted(rows)) / len(rows) for key in next(iter(rows.values()))}
+            for name, rows in merged.items()
+        }
+
+    def _summarise(
+        self, scores: SetScores, means: dict[str, dict[str, float]], rows: Sequence[Row], reals: bool
+    ) -> dict[str, Any]:
+        steps = {row.name: row.steps for row in rows}
+        table = [{"name": name, "steps": steps.get(name), **means[name], "distances": {}} for name in means]
+        result: dict[str, Any] = {"count": 0, "rows": table, "floor": {}, "paired": {}, "features": {}}
+        for network, sets in scores.compute().items():
+            resamples, seed = self.cfg.evaluation.resamples, self.cfg.seed
+            names = [*means, ORIGINALS] if reals else list(means)
+            compared, kernels = compare(sets, names, ORIGINALS, REALS if reals else None, resamples, seed)
+            for row in table:
+                row["distances"][network] = compared[row["name"]]
+            if not reals:
+                continue
+            frechet = compare(sets, [ORIGINALS], REALS, None, resamples, seed)[0][ORIGINALS]
+            result["floor"][network] = compared[ORIGINALS] | frechet
+            result["paired"][network] = paired_differences(kernels, list(means))
+        result["features"] = {network.name: network.checksum for network in self.networks}
+        result["count"] = len(self.dataset) - len(self.dataset.corrupt)
+        return result
+
+    def _pca(self, tokenizer: SSDD) -> PixelPCA:
+        """Fitted to the training images, with as many numbers as a latent of `tokenizer`."""
+        side = self.cfg.dataset.im_size // tokenizer.f
+        training = ImageDataset(open_source(self.cfg.dataset, "train"), self.cfg.dataset, train=False)
+        images = torch.cat([to_uint8(x) for x, _, _ in eval_batches(training, 500)])
+        return PixelPCA(images, tokenizer.z_dim * side * side)
+
+
+def run(cfg: SSDDConfig) -> dict[str, Any]:
+    """Evaluate `evaluation.decoders`, or `ssdd.checkpoint` at `evaluation.steps`; writes task_result.json, pictures."""
+    accelerator = open_accelerator(
+        "no" if cfg.training.mixed_precision == "auto" else cfg.training.mixed_precision, False
+    )
+    rows = open_rows(cfg.evaluation.decoders, cfg.ckpt_dir, accelerator.device)
+    if not rows:
+        if cfg.ssdd.checkpoint is None:
+            raise UserError(
+                "task=eval needs ssdd.checkpoint=<run or file>, or evaluation.decoders=[name:reference:steps]"
+            )
+        steps = cfg.evaluation.steps or [cfg.ssdd.fm_sampler.steps]
+        rows = open_rows([f"steps-{n}:{cfg.ssdd.checkpoint}:{n}" for n in steps], cfg.ckpt_dir, accelerator.device)
+    evaluation = Evaluation(cfg, accelerator)
+    result = evaluation.run(rows, baselines=cfg.evaluation.baselines, reals=True)
+    pictures = result.pop("pictures")
+    directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
+    if accelerator.is_main_process:
+        directory.save_config(cfg)
+        for name, images in pictures.items():
+            save_png(directory.pictures / f"{name}.png", grid(images, columns=len(images)))
+        result = {
+            "task": "eval",
+            "data": evaluation.dataset.source.fingerprint(),
+            "crop": cfg.dataset.crop,
+            "skipped": sorted(evaluation.dataset.corrupt.values()),
+            "peak_memory_bytes": peak_memory(accelerator.device),
+            **result,
+        }
+        directory.write_result(result)
+    return result

@@ -1,0 +1,47 @@
+"""Task `z_stats`: mean and deviation of the latents of the training split, which generators are normalised with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ssdd.config import SSDDConfig
+from ssdd.engine.errors import UserError
+from ssdd.engine.images import ImageDataset, eval_batches, open_source
+from ssdd.engine.run import RunDirectory
+from ssdd.engine.training import open_accelerator
+from ssdd.latent import LatentNorm
+from ssdd.tokenizer import SSDD
+
+
+@torch.no_grad()
+def run(cfg: SSDDConfig) -> dict[str, Any]:
+    """Statistics of posterior means at the test-time crop, float64, population deviation.
+
+    Writes z_stats.json (per channel and scalar, with the encoder's fingerprint) and task_result.json {z_mean, z_std}.
+    One process: the sums are taken in the order of the images.
+    """
+    accelerator = open_accelerator("no", False)
+    if accelerator.num_processes > 1:
+        raise UserError("task=z_stats runs in one process: accelerate launch --num_processes 1 ssdd/main.py ...")
+    reference = cfg.ssdd.encoder_checkpoint or cfg.ssdd.checkpoint
+    if reference is None:
+        raise UserError("task=z_stats needs ssdd.encoder_checkpoint=<run or file>")
+    tokenizer = SSDD.from_pretrained(reference, cfg.ckpt_dir).to(accelerator.device).eval()
+    dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=False)
+    values, total, squares = 0, 0.0, 0.0
+    for x, _, _ in eval_batches(dataset, cfg.evaluation.batch_size, workers=cfg.dataset.workers):
+        z = tokenizer.encode(x.to(accelerator.device)).mode().double().cpu()  # [B, c, h, w]
+        values += z.numel() // tokenizer.z_dim
+        total += z.sum(dim=(0, 2, 3))
+        squares += z.square().sum(dim=(0, 2, 3))
+    count = len(dataset) - len(dataset.corrupt)
+    mean = total / values
+    norm = LatentNorm.from_moments(mean, squares / values - mean.square(), count, tokenizer.encoder_fingerprint())
+    directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
+    norm.save(directory.path / "z_stats.json")
+    result = {"z_mean": norm.z_mean, "z_std": norm.z_std}
+    directory.write_result(result)
+    print(f"z_mean {norm.z_mean:.5f}  z_std {norm.z_std:.5f}  ({count} images)")
+    return result
