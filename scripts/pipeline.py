@@ -6,10 +6,12 @@ run skips it. A stage that was interrupted continues if its fingerprint is still
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -42,8 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         stages = build_stages(cfg)
         check_arguments(stages)
+        lock = hold_lock(Path(cfg.ckpt_dir) / cfg.name)
         for number, stage in enumerate(stages, 1):
-            status = run_stage(cfg, stage, stages, f"[{number}/{len(stages)}] {stage.name}")
+            status = run_stage(cfg, stage, lock, f"[{number}/{len(stages)}] {stage.name}")
             if status != 0:
                 return status
         from .report import write_report
@@ -52,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -71,7 +77,19 @@ def check_arguments(stages: list[Any]) -> None:
             raise UserError(f"stage {stage.name}: {error}") from None
 
 
-def run_stage(cfg: Any, stage: Any, stages: list[Any], title: str) -> int:
+def hold_lock(root: Path) -> int:
+    """File descriptor of the lock on a pipeline's folder; stages inherit it, so that it outlives a killed pipeline."""
+    root.mkdir(parents=True, exist_ok=True)
+    lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{root}: another pipeline, or a stage that a killed one left running, is at work; waiting", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def run_stage(cfg: Any, stage: Any, lock: int, title: str) -> int:
     """Run one stage unless it is done; its exit status."""
     from ssdd.engine.files import read_json, sha256_file, write_json
 
@@ -100,7 +118,9 @@ def run_stage(cfg: Any, stage: Any, stages: list[Any], title: str) -> int:
     if cfg.threads is not None:
         environment["OMP_NUM_THREADS"] = str(cfg.threads)
     began = time.perf_counter()
-    status = subprocess.run(command, env=environment, check=False).returncode
+    process = subprocess.Popen(command, env=environment, pass_fds=[lock])
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # training stages then checkpoint and end
+    status = process.wait()
     seconds = before["seconds"] + time.perf_counter() - began
     if status == 0 and not all(path.is_file() for path in stage.outputs):
         print(f"{title}: interrupted; the same command continues it", flush=True)

@@ -25,7 +25,7 @@ from .stages import (
 
 BASELINES = ("blur", "PCA-", "PCA-Gaussian")
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#1d2330;background:#fff;max-width:1100px;margin:0 auto;padding:1rem}
+body{font:16px/1.5 system-ui,sans-serif;color:#1d2330;background:#fff;max-width:1400px;margin:0 auto;padding:1rem}
 h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem;border-bottom:1px solid #d5dae3}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #e6e9ef;white-space:nowrap}
@@ -210,7 +210,9 @@ def stage_table(root: Path, stages: list[Stage]) -> str:
 def provenance(cfg: PipelineConfig, reconstruction: dict, generation: dict) -> str:
     """Where the figures come from."""
     import torch
+    from omegaconf import OmegaConf
 
+    losses = OmegaConf.load(RunDirectory(Path(cfg.ckpt_dir) / cfg.name, TOKENIZER).path / "config.yaml")["losses"]
     checksums = {name.split(":")[0]: digest for name, digest in reconstruction["features"].items()}
     facts = {
         "images": f"{cfg.dataset.source}, {cfg.dataset.im_size} px, fingerprint {reconstruction['data'][:16]}",
@@ -218,7 +220,7 @@ def provenance(cfg: PipelineConfig, reconstruction: dict, generation: dict) -> s
         "labels": "balanced" if generation["samples"].get("balanced", True) else "random",
         "rounding": "clamp to [-1, 1], scale to 0..255, round",
         "feature networks (sha256)": ", ".join(f"{name} {digest[:16]}" for name, digest in checksums.items()),
-        "loss networks": "LPIPS (VGG)" if cfg.tokenizer.get("losses", {}).get("lpips", 0.5) else "none",
+        "loss networks": "LPIPS (VGG-16)" if losses["lpips"] else "none",
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
         "skipped images": str(len(reconstruction["skipped"])),
     }

@@ -22,7 +22,7 @@ def source(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", "setup.py", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     (copy / "README.md").write_text("# SSDD\n")
-    for name in (*PACKAGES, "configs"):
+    for name in (*PACKAGES, "configs", "scripts"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     (copy / "configs" / "presets" / "folder").mkdir(parents=True)
@@ -42,15 +42,21 @@ def test_the_wheel_holds_every_module_and_every_config_and_nothing_else(source, 
     modules = {path.relative_to(source).as_posix() for name in PACKAGES for path in (source / name).rglob("*.py")}
     yamls = {path.relative_to(source / "configs").as_posix() for path in (source / "configs").rglob("*.yaml")}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert "ssdd/engine/config.py" in names
-    assert names == modules | {f"ssdd/_configs/{name}" for name in yamls}
+    programs = {f"ssdd_pipeline/{path.name}" for path in (source / "scripts").glob("*.py")}
+    assert "ssdd/engine/config.py" in names and "ssdd_pipeline/pipeline.py" in names
+    assert names == modules | programs | {f"ssdd/_configs/{name}" for name in yamls}
 
 
 def test_the_wheel_holds_the_licence_and_the_commands(wheel):
     archive = zipfile.ZipFile(wheel)
     texts = {name.rpartition("/")[2]: archive.read(name).decode() for name in archive.namelist() if "dist-info" in name}
     assert "Apache License" in texts["LICENSE"]
-    for command in ("ssdd = ssdd.main:main", "dit = dit.main:main", "latent-cache = latent_cache.__main__:main"):
+    for command in (
+        "ssdd = ssdd.main:main",
+        "dit = dit.main:main",
+        "latent-cache = latent_cache.__main__:main",
+        "ssdd-pipeline = ssdd_pipeline.pipeline:main",
+    ):
         assert command in texts["entry_points.txt"]
 
 

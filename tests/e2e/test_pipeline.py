@@ -1,0 +1,73 @@
+"""The whole chain on a few images: it runs, skips what is done, continues what was killed, and takes any source."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from ssdd.engine.sources import DatasetConfig, open_source
+from tests.e2e.conftest import table_without_speed
+
+STAGES = ["classifier", "tokenizer", "student", "reconstruction", "cache", "dit", "samples", "generation"]
+
+
+def test_the_chain_ends_with_a_table_and_a_report_and_a_second_run_skips_every_stage(pipeline):
+    chain = pipeline("digits")
+    output = chain.run()
+    for row in ("teacher-3", "teacher-1", "student-1", "PCA-16", "PCA-Gaussian", "blur"):
+        assert re.search(rf"^{row} .*\d", output, re.M), output
+    page = (chain.root / "report.html").read_text()
+    assert "src='data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
+
+    before = {path: path.stat().st_mtime_ns for path in (chain.root / "jobs").rglob("*") if path.is_file()}
+    again = chain.run()
+    assert again.count("done before") == len(STAGES)
+    assert table_without_speed(again) == table_without_speed(output)
+    assert {path: path.stat().st_mtime_ns for path in (chain.root / "jobs").rglob("*") if path.is_file()} == before
+
+
+def test_a_wrong_key_of_a_late_stage_is_found_before_the_first_one_starts(pipeline):
+    process = pipeline("digits", "dit.training.stepz=4").start()
+    output = process.communicate()[0]
+    assert process.returncode == 2
+    assert "stage dit" in output and "training.steps" in output and "[1/" not in output
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_every_stage_it_ends_with_the_same_table(pipeline):
+    expected = table_without_speed(pipeline("straight").run())
+    chain = pipeline("killed")
+    for number, stage in enumerate(STAGES, 1):
+        if stage in ("tokenizer", "student", "dit"):
+            chain.kill_when(r"^(train|distil) \w+ 1/")  # after the first step
+        else:
+            chain.kill_when(rf"^\[{number}/8\] {stage}: python", delay=4)  # into its imports, or its work
+    assert table_without_speed(chain.run()) == expected
+
+
+@pytest.mark.slow
+def test_a_changed_setting_repeats_its_stage_and_what_follows_only(pipeline):
+    pipeline("digits").run()
+    output = pipeline("digits", "dit.training.lr=2e-3").run()
+    assert output.count("done before") == 5
+    assert not re.search(r"\] (dit|samples|generation): done before", output)
+
+
+@pytest.mark.slow
+def test_the_same_pipeline_runs_on_a_folder_of_pngs(pipeline, tmp_path):
+    for split in ("train", "val"):
+        source = open_source(DatasetConfig(source="digits", im_size=20, limit=60), split)
+        for i in range(len(source)):
+            folder = tmp_path / "images" / split / source.class_names[source.labels[i]]
+            folder.mkdir(parents=True, exist_ok=True)
+            source.image(i).save(folder / f"{i}.png")
+    Image.new("RGB", (31, 17)).save(tmp_path / "images" / "train" / "0" / "wide.png")
+    chain = pipeline(
+        "folder", "dataset.source=imagefolder", f"dataset.root={tmp_path / 'images'}", "dataset.flip=false"
+    )
+    assert "student-1" in chain.run()
+    result = json.loads((chain.root / "jobs" / "generation" / "task_result.json").read_text())
+    assert result["reference"]["source"] == "imagefolder"
