@@ -48,7 +48,7 @@ class DecoderSize:
 
 
 DECODER_SIZES = {
-    "XXS": DecoderSize(16, (1, 2, 3, 4), layers=2, heads=2, groups=8, init_std=None),
+    "XXS": DecoderSize(32, (1, 1, 1, 2), layers=2, heads=2, groups=8, init_std=None),
     "XS": DecoderSize(32, (1, 2, 3, 3), layers=8, heads=4),
     "S": DecoderSize(48, (1, 2, 3, 3), layers=8, heads=4),
     "B": DecoderSize(64, (1, 2, 3, 3), layers=10),
