@@ -120,7 +120,8 @@ def run_stage(cfg: Any, stage: Any, lock: int, title: str) -> int:
     began = time.perf_counter()
     process = subprocess.Popen(command, env=environment, pass_fds=[lock])
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # training stages then checkpoint and end
-    status = process.wait()
+    _, wait_status, usage = os.wait4(process.pid, 0)
+    status = process.returncode = os.waitstatus_to_exitcode(wait_status)
     seconds = before["seconds"] + time.perf_counter() - began
     if status == 0 and not all(path.is_file() for path in stage.outputs):
         print(f"{title}: interrupted; the same command continues it", flush=True)
@@ -129,8 +130,9 @@ def run_stage(cfg: Any, stage: Any, lock: int, title: str) -> int:
         write_json(started, before | {"seconds": seconds})
         return status
     outputs = {str(path): sha256_file(path) for path in stage.outputs}
-    write_json(done, {"key": key, "seconds": seconds, "outputs": outputs})
-    print(f"{title}: {seconds:.0f} s", flush=True)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    write_json(done, {"key": key, "seconds": seconds, "peak_memory_bytes": peak, "outputs": outputs})
+    print(f"{title}: {seconds:.0f} s, peak memory {peak / 2**30:.1f} GiB", flush=True)
     return 0
 
 

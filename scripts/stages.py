@@ -99,8 +99,8 @@ def argument(key: str, value: Any) -> str:
 
 
 def curve_steps(teacher_steps: int) -> list[int]:
-    """Step counts between 1 and the teacher's for the distance-versus-steps curve: powers of two."""
-    return [k for k in (2, 4, 8, 16, 32) if k < teacher_steps]
+    """Further step counts of the teacher for the distance-versus-steps curve."""
+    return [k for k in (2, 4, 8) if k != teacher_steps]
 
 
 def build_stages(cfg: PipelineConfig) -> list[Stage]:

@@ -1,0 +1,160 @@
+"""Training and distillation: the loss falls, a killed run ends with the same bytes, and nobody's look changes them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssdd.engine.errors import UserError
+from ssdd.engine.run import RunDirectory
+from ssdd.tasks.train import run
+from tests.ssdd.conftest import ARGUMENTS
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = ("model", "model_ema", "optimizer", "aux")
+
+
+def checkpoint_bytes(folder: Path, run_name: str = "tokenizer") -> dict[str, bytes]:
+    last = folder / "jobs" / run_name / "checkpoints" / "last"
+    return {name: (last / f"{name}.safetensors").read_bytes() for name in WEIGHTS}
+
+
+def command(folder: Path, *arguments: str, processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [
+        sys.executable,
+        *launcher,
+        "-m",
+        "ssdd.main",
+        *ARGUMENTS,
+        f"ckpt_dir={folder}",
+        "run_name=tokenizer",
+        *arguments,
+    ]
+
+
+def start(argv: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> None:
+    for line in process.stdout:
+        if f" {step}/" in line:
+            return
+    raise AssertionError(f"step {step} was never reported")
+
+
+def test_the_loss_falls_and_the_run_directory_is_complete(config):
+    cfg = config("training.steps=12", "ssdd.encoder_train=true", "training.lr=3e-3", "training.optimizer=adamw")
+    result = run(cfg)
+    directory = RunDirectory(cfg.ckpt_dir, "tokenizer")
+    lines = directory.read_metrics()
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert sum(line["diffusion"] for line in lines[-3:]) < 0.8 * sum(line["diffusion"] for line in lines[:3])
+    assert result["steps"] == 12 and (directory.path / "config.yaml").is_file() and directory.result.is_file()
+
+
+@pytest.mark.parametrize("optimizer", ["schedulefree", "adamw"])
+def test_bytes_do_not_depend_on_logs_checkpoints_or_evaluations(config, tmp_path, optimizer):
+    shared = ["training.steps=4", f"training.optimizer={optimizer}", "ssdd.encoder_train=true"]
+    run(config(*shared, "training.log_freq=4", "training.save_every=100"))
+    other = tmp_path / "other"
+    run(config(*shared, f"ckpt_dir={other}", "training.save_every=1", "training.eval_freq=1"))
+    ours, theirs = checkpoint_bytes(tmp_path), checkpoint_bytes(other)
+    assert all(ours[name] == theirs[name] for name in ("model", "model_ema", "optimizer"))
+    assert (other / "jobs" / "tokenizer" / "checkpoints" / "best" / "state.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["train", "distil"])
+def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(config, tmp_path, kind):
+    arguments = ["training.steps=7", "ssdd.encoder_train=true"]
+    if kind == "distil":
+        run(config("training.steps=2", "run_name=teacher"))
+        teacher = tmp_path / "jobs" / "teacher" / "checkpoints" / "last"
+        arguments = [
+            "training.steps=7",
+            "training.optimizer=adamw",
+            f"ssdd.checkpoint={teacher}",
+            "distill_teacher=true",
+        ]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert (
+        subprocess.run(command(straight, *arguments), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        == 0
+    )
+    process = start(command(killed, *arguments))
+    wait_for_step(process, 5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "jobs" / "tokenizer" / "task_result.json").exists()
+    process = start(command(killed, *arguments))
+    assert process.communicate() and process.returncode == 0
+    assert checkpoint_bytes(killed) == checkpoint_bytes(straight)
+    steps = [line["step"] for line in RunDirectory(killed, "tokenizer").read_metrics()]
+    assert steps == list(range(1, 8))
+
+
+def test_sigterm_checkpoints_and_exits_with_status_0(tmp_path):
+    process = start(command(tmp_path, "training.steps=100000", "training.save_every=100000"))
+    wait_for_step(process, 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (tmp_path / "jobs" / "tokenizer" / "checkpoints" / "last" / "state.json").is_file()
+
+
+def test_one_and_two_processes_compute_the_same_losses(tmp_path):
+    rows = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        argv = command(folder, "training.steps=3", "ssdd.encoder_train=true", processes=processes)
+        process = start(argv)
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+        rows.append(RunDirectory(folder, "tokenizer").read_metrics())
+    for one, two in zip(*rows, strict=True):
+        assert one["diffusion"] == pytest.approx(two["diffusion"], rel=1e-5)
+
+
+def test_distillation_changes_the_decoder_only(config, tmp_path):
+    run(config("training.steps=2", "run_name=teacher", "ssdd.encoder_train=true"))
+    run(config("training.steps=3", "ssdd.checkpoint=teacher", "distill_teacher=true", "ssdd.encoder_train=true"))
+    jobs = tmp_path / "jobs"
+    teacher, student = (
+        load_file(jobs / name / "checkpoints" / "last" / "model_ema.safetensors") for name in ("teacher", "tokenizer")
+    )
+    for key, value in teacher.items():
+        if key.startswith("encoder."):
+            assert torch.equal(value, student[key]), key
+    assert not torch.equal(teacher["decoder.conv_out.weight"], student["decoder.conv_out.weight"])
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(config):
+    with pytest.raises(UserError, match="ssdd.checkpoint"):
+        run(config("distill_teacher=true"))
+    with pytest.raises(UserError, match="vgg16"):
+        run(config("losses.lpips=0.5"))
+    with pytest.raises(UserError, match="multiple of 3"):
+        run(config("training.grad_accumulate=3"))
+    run(config("training.steps=1"))
+    with pytest.raises(UserError, match="seed was 0, is 1"):
+        run(config("training.steps=1", "seed=1"))
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(config, tmp_path):
+    run(config("training.steps=2"))
+    run(config("training.steps=2", "run_name=parts", "training.grad_accumulate=2"))
+    whole, parts = (RunDirectory(tmp_path, name).read_metrics() for name in ("tokenizer", "parts"))
+    for a, b in zip(whole, parts, strict=True):
+        assert a["diffusion"] == pytest.approx(b["diffusion"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
