@@ -66,8 +66,8 @@ def test_the_loss_falls_and_the_run_directory_is_complete(config):
 
 @pytest.mark.parametrize("optimizer", ["schedulefree", "adamw"])
 def test_bytes_do_not_depend_on_logs_checkpoints_or_evaluations(config, tmp_path, optimizer):
-    shared = ["training.steps=8", f"training.optimizer={optimizer}", "ssdd.encoder_train=true"]
-    run(config(*shared, "training.log_freq=8", "training.save_every=100"))
+    shared = ["training.steps=10", f"training.optimizer={optimizer}", "ssdd.encoder_train=true"]
+    run(config(*shared, "training.log_freq=10", "training.save_every=100"))
     other = tmp_path / "other"
     run(config(*shared, f"ckpt_dir={other}", "training.save_every=1", "training.eval_freq=1"))
     ours, theirs = checkpoint_bytes(tmp_path), checkpoint_bytes(other)
@@ -77,12 +77,12 @@ def test_bytes_do_not_depend_on_logs_checkpoints_or_evaluations(config, tmp_path
 
 @pytest.mark.parametrize("kind", ["train", "distil"])
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(config, tmp_path, kind):
-    arguments = ["training.steps=7", "ssdd.encoder_train=true"]
+    arguments = ["training.steps=12", "ssdd.encoder_train=true"]
     if kind == "distil":
         run(config("training.steps=2", "run_name=teacher"))
         teacher = tmp_path / "jobs" / "teacher" / "checkpoints" / "last"
         arguments = [
-            "training.steps=7",
+            "training.steps=12",
             "training.optimizer=adamw",
             f"ssdd.checkpoint={teacher}",
             "distill_teacher=true",
@@ -93,7 +93,7 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(config, tmp_path, 
         == 0
     )
     process = start(command(killed, *arguments))
-    wait_for_step(process, 5)
+    wait_for_step(process, 7)  # schedule-free RAdam moves the weights from its fifth step on
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "jobs" / "tokenizer" / "task_result.json").exists()
@@ -101,7 +101,7 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(config, tmp_path, 
     assert process.communicate() and process.returncode == 0
     assert checkpoint_bytes(killed) == checkpoint_bytes(straight)
     steps = [line["step"] for line in RunDirectory(killed, "tokenizer").read_metrics()]
-    assert steps == list(range(1, 8))
+    assert steps == list(range(1, 13))
 
 
 def test_sigterm_checkpoints_and_exits_with_status_0(tmp_path):
@@ -117,13 +117,15 @@ def test_one_and_two_processes_compute_the_same_losses(tmp_path):
     rows = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        argv = command(folder, "training.steps=3", "ssdd.encoder_train=true", processes=processes)
+        arguments = ["training.steps=3", "ssdd.encoder_train=true", "training.optimizer=adamw"]
+        argv = command(folder, *arguments, processes=processes)
         process = start(argv)
         output = process.communicate()[0]
         assert process.returncode == 0, output
         rows.append(RunDirectory(folder, "tokenizer").read_metrics())
     for one, two in zip(*rows, strict=True):
-        assert one["diffusion"] == pytest.approx(two["diffusion"], rel=1e-5)
+        for value in ("diffusion", "kl", "grad_norm"):
+            assert one[value] == pytest.approx(two[value], rel=1e-5)
 
 
 def test_distillation_changes_the_decoder_only(config, tmp_path):
@@ -140,7 +142,9 @@ def test_distillation_changes_the_decoder_only(config, tmp_path):
     assert not torch.equal(teacher["decoder.conv_out.weight"], student["decoder.conv_out.weight"])
 
 
-def test_what_cannot_work_is_refused_before_the_first_step(config):
+def test_what_cannot_work_is_refused_before_the_first_step(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSDD_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match="ssdd.checkpoint"):
         run(config("distill_teacher=true"))
     with pytest.raises(UserError, match="vgg16"):
@@ -153,8 +157,9 @@ def test_what_cannot_work_is_refused_before_the_first_step(config):
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch(config, tmp_path):
-    run(config("training.steps=2"))
-    run(config("training.steps=2", "run_name=parts", "training.grad_accumulate=2"))
+    run(config("training.steps=2", "training.optimizer=adamw"))
+    parts = ("run_name=parts", "training.grad_accumulate=2")
+    run(config("training.steps=2", "training.optimizer=adamw", *parts))
     whole, parts = (RunDirectory(tmp_path, name).read_metrics() for name in ("tokenizer", "parts"))
     for a, b in zip(whole, parts, strict=True):
         assert a["diffusion"] == pytest.approx(b["diffusion"], rel=1e-5)
