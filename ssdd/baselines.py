@@ -17,7 +17,9 @@ class PixelPCA:
         from sklearn.decomposition import PCA
 
         self.shape = images.shape[1:]
-        self.pca = PCA(min(numbers, len(images)), svd_solver="full").fit(images.flatten(1).double().numpy())
+        self.pca = PCA(min(numbers, len(images), images[0].numel()), svd_solver="full").fit(
+            images.flatten(1).double().numpy()
+        )
 
     def encode(self, images: Tensor) -> np.ndarray:
         """uint8 [n, 3, H, W] -> float64 [n, numbers]."""

@@ -28,7 +28,7 @@ def open_rows(specifications: Sequence[str], ckpt_dir: str | Path, device: torch
     for specification in specifications:
         name, _, rest = specification.partition(":")
         reference, _, steps = rest.rpartition(":")
-        if not (name and reference and steps.isdigit() and int(steps) > 0):
+        if not (name and reference and steps.isdecimal() and int(steps) > 0):
             raise UserError(f"decoder {specification!r}: expected name:checkpoint reference:steps, as student:my_run:1")
         if name in (row.name for row in rows):
             raise UserError(f"two decoders are called {name!r}; give each its own name")
