@@ -113,7 +113,9 @@ def build_stages(cfg: PipelineConfig) -> list[Stage]:
     networks = [*cfg.features, f"classifier:{jobs / CLASSIFIER / 'classifier.safetensors'}"]
     decoders = [f"teacher-{n}:{TOKENIZER}:{n}", f"teacher-1:{TOKENIZER}:1", f"student-1:{STUDENT}:1"]
     curve = [f"teacher-{k}:{TOKENIZER}:{k}" for k in curve_steps(n)]
-    tokenizer, student = flatten(cfg.tokenizer), flatten(cfg.student)
+    tokenizer, student, generator = flatten(cfg.tokenizer), flatten(cfg.student), flatten(cfg.dit)
+    sampling = {key: value for key, value in generator.items() if key.startswith("sampling.")}
+    training = {key: value for key, value in generator.items() if key not in sampling}
     sampler = {"ssdd.fm_sampler.steps": n}
 
     def weights(run: str) -> list[Path]:
@@ -153,13 +155,13 @@ def build_stages(cfg: PipelineConfig) -> list[Stage]:
         ),
         stage(
             DIT, "dit.main",
-            {"task": "train", "run_name": DIT, "cache": str(jobs / CACHE)} | side | flatten(cfg.dit),
+            {"task": "train", "run_name": DIT, "cache": str(jobs / CACHE)} | side | training,
             weights(DIT), CACHE, reads_images=False,
         ),
         stage(
             SAMPLES, "dit.main",
             {"task": "sample", "run_name": DIT, "out": str(jobs / SAMPLES), "sampling.n": cfg.samples,
-             "sampling.seed": cfg.seed} | side | flatten(cfg.dit),
+             "sampling.seed": cfg.seed} | side | sampling,
             [jobs / SAMPLES / "latents.safetensors", jobs / SAMPLES / "sample_set.json"], DIT, reads_images=False,
         ),
         stage(

@@ -21,6 +21,7 @@ from ssdd.distill import DistillationObjective
 from ssdd.engine import checkpoint
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
+from ssdd.engine.files import sha256_file
 from ssdd.engine.images import ImageDataset, open_source, steps_per_epoch, train_batches
 from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.log import ProgressLog
@@ -56,6 +57,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     torch.manual_seed(seed_of(cfg.seed, "ssdd.init"))
     network = build_tokenizer(cfg).to(device)
     objective = build_objective(cfg, network).to(device)
+    if cfg.distill_teacher:
+        network.config["fm_sampler"]["steps"] = 1  # what the student is trained for, and decode's default in its file
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     groups = parameter_groups(parameters, network, training.weight_decay)
     optimizer = build_optimizer(training.optimizer, groups, training.lr, training.betas)
@@ -69,7 +72,10 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
     last = directory.checkpoints / "last"
     identity = {"tokenizer": network.config, "data": dataset.source.fingerprint(), "seed": cfg.seed}
-    identity |= {"batch_size": batch_size, "steps": steps, "distill_teacher": cfg.distill_teacher}
+    identity |= {"batch_size": batch_size, "steps": steps, "optimizer": training.optimizer}
+    if cfg.distill_teacher:
+        teacher = checkpoint.resolve(str(cfg.ssdd.checkpoint), cfg.ckpt_dir)
+        identity |= {"teacher": sha256_file(teacher), "teacher_steps": cfg.ssdd.fm_sampler.steps}
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "window_steps": 0, "metrics": {}, "best": None}
     if checkpoint.exists(last):
         tensors, state = checkpoint.load(last)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssdd import SSDD
 from ssdd.engine.errors import UserError
 from ssdd.engine.run import RunDirectory
 from ssdd.tasks.train import run
@@ -164,3 +165,13 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(config, tmp_path
     for a, b in zip(whole, parts, strict=True):
         assert a["diffusion"] == pytest.approx(b["diffusion"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_the_students_file_decodes_in_one_step_and_its_run_belongs_to_its_teacher(config, tmp_path):
+    run(config("training.steps=1", "run_name=teacher"))
+    arguments = ("training.steps=1", "ssdd.checkpoint=teacher", "distill_teacher=true")
+    run(config(*arguments))
+    assert SSDD.from_pretrained("tokenizer", tmp_path).config["fm_sampler"]["steps"] == 1
+    assert SSDD.from_pretrained("teacher", tmp_path).config["fm_sampler"]["steps"] == 2
+    with pytest.raises(UserError, match="teacher_steps was 2, is 3"):
+        run(config(*arguments, "ssdd.fm_sampler.steps=3"))
