@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ from ssdd.engine.checkpoint import load_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.fidelity import copy_rate
 from ssdd.engine.files import read_json, write_json
-from ssdd.engine.images import ImageDataset, eval_batches, open_source
+from ssdd.engine.images import DatasetConfig, ImageDataset, eval_batches, open_source
 from ssdd.engine.noise import indexed_noise
 from ssdd.engine.pictures import grid, save_png, to_uint8
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.scores import SetScores, compare, load_networks, paired_differences
-from ssdd.engine.training import open_accelerator, peak_memory
+from ssdd.engine.training import open_accelerator, peak_memory, synchronize
 from ssdd.latent import LatentNorm
 
-REFERENCE, HELD_OUT = "train", "val"
+REFERENCE, HELD_OUT = "training images", "held-out images"
 SHOWN_A_CLASS = 8
 
 
@@ -72,8 +73,10 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
 
     scores = SetScores(load_networks(cfg.evaluation.features, device))
     keep = cfg.evaluation.class_accuracy or cfg.evaluation.baseline_numbers is not None
-    training = _collect(scores, REFERENCE, cfg, accelerator, keep)
-    held_out = _collect(scores, HELD_OUT, cfg, accelerator, cfg.evaluation.class_accuracy)
+    training = _read_split(cfg.dataset, "train") if keep else None
+    _collect(scores, REFERENCE, "train", cfg.dataset, accelerator)
+    limit = min(len(z_n), cfg.dataset.limit or len(z_n))  # the floor of a distance is that of as many real images
+    _collect(scores, HELD_OUT, "val", replace(cfg.dataset, limit=limit), accelerator)
     judge = ClassJudge(*training) if cfg.evaluation.class_accuracy else None
     correct: dict[str, list[bool]] = defaultdict(list)
 
@@ -81,17 +84,18 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     seconds: dict[str, float] = defaultdict(float)
     shown: dict[str, dict[int, Tensor]] = defaultdict(dict)
     own = torch.arange(accelerator.process_index, len(z_n), accelerator.num_processes)
-    per_class = _first_of_each_class(labels, SHOWN_A_CLASS)
+    columns = min(SHOWN_A_CLASS, int(labels.unique(return_counts=True)[1].min()))
+    per_class = _first_of_each_class(labels, columns)
     for indices in own.split(cfg.evaluation.batch_size):
         pixels: dict[str, Tensor] = {}
         for row in rows:
             z = norms[row.name].denormalise(z_n[indices].to(device))
             shape = (3, z.shape[-2] * row.tokenizer.f, z.shape[-1] * row.tokenizer.f)
             noise = indexed_noise(indices, shape, cfg.sampling.seed, "decoder")
+            synchronize(device)
             began = time.perf_counter()
             pixels[row.name] = to_uint8(row.tokenizer.decode(z, steps=row.steps, noise=noise))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             seconds[row.name] += time.perf_counter() - began
         for name, images in pixels.items():
             scores.update(name, images, indices)
@@ -139,7 +143,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         if row["name"] in seconds:
             row["images_per_s"] = len(own) / seconds[row["name"]] * accelerator.num_processes
     if judge is not None:
-        real = judge.correct(*held_out)
+        real = judge.correct(*_read_split(cfg.dataset, "val"))
         result["class_accuracy_held_out"] = sum(real) / len(real)
     result["peak_memory_bytes"] = peak_memory(device)
     pictures: dict[str, dict[int, Tensor]] = defaultdict(dict)
@@ -150,23 +154,24 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
         for name, images in pictures.items():
             ordered = torch.stack([images[i] for i in per_class])
-            save_png(out / "pictures" / f"{name}.png", grid(ordered, columns=SHOWN_A_CLASS))
+            save_png(out / "pictures" / f"{name}.png", grid(ordered, columns=columns))
         write_json(out / "task_result.json", result)
     accelerator.wait_for_everyone()
     return result
 
 
-def _collect(
-    scores: SetScores, split: str, cfg: DiTConfig, accelerator: Accelerator, keep: bool
-) -> tuple[Tensor, Tensor] | None:
-    """Add the real images of a split to the scores; if `keep`, also return all of them, uint8, with their labels."""
-    dataset = ImageDataset(open_source(cfg.dataset, split), cfg.dataset, train=False)
+def _collect(scores: SetScores, name: str, split: str, cfg: DatasetConfig, accelerator: Accelerator) -> None:
+    """Add the real images of a split to the scores."""
+    dataset = ImageDataset(open_source(cfg, split), cfg, train=False)
     rank, world = accelerator.process_index, accelerator.num_processes
-    for x, _, indices in eval_batches(dataset, 256, rank, world, cfg.dataset.workers):
-        scores.update(split, to_uint8(x).to(accelerator.device), indices)
-    if not keep:
-        return None
-    parts = [(to_uint8(x), labels) for x, labels, _ in eval_batches(dataset, 256)]
+    for x, _, indices in eval_batches(dataset, 256, rank, world, cfg.workers):
+        scores.update(name, to_uint8(x).to(accelerator.device), indices)
+
+
+def _read_split(cfg: DatasetConfig, split: str) -> tuple[Tensor, Tensor]:
+    """All images of a split, uint8 [n, 3, s, s], with their labels [n]."""
+    dataset = ImageDataset(open_source(cfg, split), cfg, train=False)
+    parts = [(to_uint8(x), labels) for x, labels, _ in eval_batches(dataset, 256, workers=cfg.workers)]
     images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     return images, labels
 

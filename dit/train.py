@@ -27,6 +27,7 @@ from ssdd.engine.files import read_json
 from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.log import ProgressLog
 from ssdd.engine.noise import batch_generator, seed_of
+from ssdd.engine.optim import learning_rate
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
 from ssdd.flow import interpolate, logit_normal_t, uniform_t, velocity_target
@@ -62,11 +63,6 @@ def velocity_loss(model: torch.nn.Module, z: Tensor, y: Tensor, draws: Draws, ne
     labels = torch.where(draws.drop, network.num_classes, y)
     out = model(interpolate(z, draws.eps, draws.t), draws.t * network.time_scale, labels)
     return (out[:, : network.in_channels].float() - velocity_target(z, draws.eps)).square().mean()
-
-
-def learning_rate(training: TrainingConfig, step: int) -> float:
-    """Linear warm-up, then constant; `step` counts from 0."""
-    return training.lr * min(1.0, (step + 1) / max(training.warmup_steps, 1))
 
 
 def run(cfg: DiTConfig) -> dict[str, Any]:
@@ -156,8 +152,9 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             z, y = z.to(device, non_blocking=True), y.to(device, non_blocking=True)
             draws = step_draws(cfg, step, (training.batch_size, *z.shape[1:]), device)
             draws = draws.rows(slice(rank * rows, (rank + 1) * rows))
+            lr = learning_rate(training.lr, step, training.steps, training.warmup_steps, "constant")
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(training, step)
+                group["lr"] = lr
 
             # Accumulate gradients; processes exchange them in the last part only.
             model.train()
@@ -192,7 +189,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 now = time.perf_counter()
                 rate = (done - logged_step) * training.batch_size / (now - logged_at)
                 logged_at, logged_step = now, done
-                values = {"loss": loss_mean, "grad_norm": norm_mean, "lr": learning_rate(training, step)}
+                values = {"loss": loss_mean, "grad_norm": norm_mean, "lr": lr}
                 state["metrics"] = values
                 progress.metrics(done, {**values, "images": done * training.batch_size, "images_per_s": rate})
                 window.zero_()

@@ -1,7 +1,8 @@
 """Run the chain from images to gFID: `python scripts/pipeline.py configs/pipelines/digits.yaml [key=value ...]`.
 
 A stage is done when a record with the fingerprint of its command and of everything it reads lies in `stages/`; a second
-run skips it. A stage that was interrupted continues if its fingerprint is still the same, else starts afresh.
+run skips it. A stage that was interrupted continues if its fingerprint is still the same, else starts afresh. SIGTERM
+and SIGUSR1 end the stage that runs, a training one after a checkpoint, and the pipeline with status 3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+INTERRUPTED = 3
 
 if __name__ == "__main__":  # run as a path: become scripts.pipeline, whose relative imports work
     root = Path(__file__).resolve().parents[1]
@@ -25,9 +28,10 @@ if __name__ == "__main__":  # run as a path: become scripts.pipeline, whose rela
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run or continue the pipeline; 2 for errors that the user can mend, else the status of a stage that failed."""
+    """Run or continue the pipeline: 2 after an error that the user can mend, 3 when stopped, or a failed stage's."""
     from ssdd.engine.config import configs_dir, parse
     from ssdd.engine.errors import UserError
+    from ssdd.engine.sources import open_source
 
     from .stages import PipelineConfig, build_stages
 
@@ -44,11 +48,12 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         stages = build_stages(cfg)
         check_arguments(stages)
-        lock = hold_lock(Path(cfg.ckpt_dir) / cfg.name)
-        for number, stage in enumerate(stages, 1):
-            status = run_stage(cfg, stage, lock, f"[{number}/{len(stages)}] {stage.name}")
-            if status != 0:
-                return status
+        images = {split: open_source(cfg.dataset, split).fingerprint() for split in ("train", "val")}
+        with hold_lock(Path(cfg.ckpt_dir) / cfg.name) as lock, StopSignals() as stop:
+            for number, stage in enumerate(stages, 1):
+                status = run_stage(cfg, stage, images, stop, lock.fileno(), f"[{number}/{len(stages)}] {stage.name}")
+                if status != 0:
+                    return status
         from .report import write_report
 
         print(write_report(cfg, stages))
@@ -77,10 +82,38 @@ def check_arguments(stages: list[Any]) -> None:
             raise UserError(f"stage {stage.name}: {error}") from None
 
 
-def hold_lock(root: Path) -> int:
-    """File descriptor of the lock on a pipeline's folder; stages inherit it, so that it outlives a killed pipeline."""
+class StopSignals:
+    """Within its context, SIGTERM and SIGUSR1 end the stage that runs, and no further one starts."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.process: int | None = None
+        """The stage that runs."""
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._end_stage) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def watch(self, process: int) -> None:
+        """Pass signals on to `process`, one that came while it was being started included."""
+        self.process = process
+        if self.received:
+            os.kill(process, signal.SIGTERM)
+
+    def _end_stage(self, *_: object) -> None:
+        self.received = True
+        if self.process is not None:
+            os.kill(self.process, signal.SIGTERM)
+
+
+def hold_lock(root: Path) -> IO[str]:
+    """The open, locked file of a pipeline's folder; stages inherit it, so that the lock outlives a killed pipeline."""
     root.mkdir(parents=True, exist_ok=True)
-    lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock = (root / ".lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -89,13 +122,13 @@ def hold_lock(root: Path) -> int:
     return lock
 
 
-def run_stage(cfg: Any, stage: Any, lock: int, title: str) -> int:
-    """Run one stage unless it is done; its exit status."""
+def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, lock: int, title: str) -> int:
+    """Run one stage unless it is done; its exit status. images: fingerprint of each split; lock: its descriptor."""
     from ssdd.engine.files import read_json, sha256_file, write_json
 
     records = Path(cfg.ckpt_dir) / cfg.name / "stages"
     done, started = records / f"{stage.name}.json", records / f"{stage.name}.started.json"
-    key = fingerprint(cfg, stage, records)
+    key = fingerprint(cfg, stage, images, records)
     if done.is_file() and (record := read_json(done))["key"] == key:
         if all(Path(p).is_file() and sha256_file(p) == digest for p, digest in record["outputs"].items()):
             print(f"{title}: done before ({record['seconds']:.0f} s)", flush=True)
@@ -108,6 +141,9 @@ def run_stage(cfg: Any, stage: Any, lock: int, title: str) -> int:
             shutil.rmtree(folder, ignore_errors=True)
         before = {"key": key, "seconds": 0.0}
         write_json(started, before)
+    if stop.received:
+        print(f"{title}: not started; the same command continues here", flush=True)
+        return INTERRUPTED
     command = [sys.executable, "-m", stage.module, *stage.arguments]
     if cfg.processes > 1 and stage.parallel:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.processes}", "-m"]
@@ -119,16 +155,17 @@ def run_stage(cfg: Any, stage: Any, lock: int, title: str) -> int:
         environment["OMP_NUM_THREADS"] = str(cfg.threads)
     began = time.perf_counter()
     process = subprocess.Popen(command, env=environment, pass_fds=[lock])
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # training stages then checkpoint and end
+    stop.watch(process.pid)
     _, wait_status, usage = os.wait4(process.pid, 0)
+    stop.process = None
     status = process.returncode = os.waitstatus_to_exitcode(wait_status)
     seconds = before["seconds"] + time.perf_counter() - began
-    if status == 0 and not all(path.is_file() for path in stage.outputs):
-        print(f"{title}: interrupted; the same command continues it", flush=True)
-        status = 3
-    if status != 0:
+    if status != 0 or not all(path.is_file() for path in stage.outputs):
         write_json(started, before | {"seconds": seconds})
-        return status
+        if stop.received or status == 0:
+            print(f"{title}: interrupted; the same command continues it", flush=True)
+            return INTERRUPTED
+        return 128 - status if status < 0 else status  # ended by a signal: as shells count
     outputs = {str(path): sha256_file(path) for path in stage.outputs}
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     write_json(done, {"key": key, "seconds": seconds, "peak_memory_bytes": peak, "outputs": outputs})
@@ -136,17 +173,15 @@ def run_stage(cfg: Any, stage: Any, lock: int, title: str) -> int:
     return 0
 
 
-def fingerprint(cfg: Any, stage: Any, records: Path) -> str:
+def fingerprint(cfg: Any, stage: Any, images: dict[str, str], records: Path) -> str:
     """What the outcome of a stage depends on: its command, threads, images, and the outputs of earlier stages."""
     from ssdd.engine.files import read_json, sha256_json
-    from ssdd.engine.sources import open_source
 
     inputs = {name: read_json(records / f"{name}.json")["outputs"] for name in stage.inputs}
-    images = {split: open_source(cfg.dataset, split).fingerprint() for split in ("train", "val")}
     return sha256_json(
         {
             "module": stage.module,
-            "arguments": stage.arguments,
+            "arguments": stage.decisive_arguments(),
             "threads": cfg.threads,
             "processes": cfg.processes,
             "inputs": {name: sorted(outputs.values()) for name, outputs in inputs.items()},

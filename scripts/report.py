@@ -113,7 +113,18 @@ def table(cfg: PipelineConfig, reconstruction: dict, generation: dict, network: 
         f"themselves score {floors[0]:.4f} (r) and {floors[1]:.4f} (g). FD: Frechet distance of these features, rFD to "
         "the originals, gFD to the training images; in brackets that of as many held-out images to training images."
     )
+    if network in loss_networks(cfg):
+        caption += " Optimised: these features were also a training loss, which makes them no judge."
     return caption, header, rows
+
+
+def loss_networks(cfg: PipelineConfig) -> list[str]:
+    """Pretrained networks in the losses of tokenizer or student."""
+    from omegaconf import OmegaConf
+
+    root = Path(cfg.ckpt_dir) / cfg.name
+    losses = [OmegaConf.load(RunDirectory(root, run).path / "config.yaml")["losses"] for run in (TOKENIZER, STUDENT)]
+    return ["vgg16 (LPIPS)"] if any(weights["lpips"] for weights in losses) else []
 
 
 def as_text(caption: str, header: list[str], rows: list[list[str]]) -> str:
@@ -210,9 +221,7 @@ def stage_table(root: Path, stages: list[Stage]) -> str:
 def provenance(cfg: PipelineConfig, reconstruction: dict, generation: dict) -> str:
     """Where the figures come from."""
     import torch
-    from omegaconf import OmegaConf
 
-    losses = OmegaConf.load(RunDirectory(Path(cfg.ckpt_dir) / cfg.name, TOKENIZER).path / "config.yaml")["losses"]
     checksums = {name.split(":")[0]: digest for name, digest in reconstruction["features"].items()}
     facts = {
         "images": f"{cfg.dataset.source}, {cfg.dataset.im_size} px, fingerprint {reconstruction['data'][:16]}",
@@ -220,9 +229,10 @@ def provenance(cfg: PipelineConfig, reconstruction: dict, generation: dict) -> s
         "labels": "balanced" if generation["samples"].get("balanced", True) else "random",
         "rounding": "clamp to [-1, 1], scale to 0..255, round",
         "feature networks (sha256)": ", ".join(f"{name} {digest[:16]}" for name, digest in checksums.items()),
-        "loss networks": "LPIPS (VGG-16)" if losses["lpips"] else "none",
+        "loss networks": ", ".join(loss_networks(cfg)) or "none",
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
         "skipped images": str(len(reconstruction["skipped"])),
+        "left out for want of weights": ", ".join(reconstruction["left_out"]) or "nothing",
     }
     items = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
     return f"<h2>Provenance</h2><div class=scroll><table><tbody>{items}</tbody></table></div>"

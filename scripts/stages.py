@@ -20,6 +20,8 @@ PROGRAMS = {
     "dit.main": ("dit", DiTConfig),
 }
 """Module -> (name of its config file, schema of its keys)."""
+SPEED_KEYS = ("dataset.workers=",)
+"""What changes no byte of any output."""
 
 
 @dataclass
@@ -37,7 +39,7 @@ class PipelineConfig:
     threads: int | None = None
     """Threads a process on the CPU; null leaves it to torch."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    """Images of every stage."""
+    """Images of every stage. crop and batch_size are the tokenizer's: caches and gFID references have the ADM crop."""
     teacher_steps: int = 8
     """Steps N of the teacher, in distillation and in the table."""
     samples: int = 500
@@ -75,6 +77,10 @@ class Stage:
     parallel: bool = True
     """Whether it can run in several processes."""
 
+    def decisive_arguments(self) -> list[str]:
+        """The arguments that its outcome depends on."""
+        return [argument for argument in self.arguments if not argument.startswith(SPEED_KEYS)]
+
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
@@ -107,7 +113,9 @@ def build_stages(cfg: PipelineConfig) -> list[Stage]:
     """The chain in the order of running."""
     root = Path(cfg.ckpt_dir) / cfg.name
     jobs = root / "jobs"
-    images = {f"dataset.{key}": value for key, value in vars(cfg.dataset).items() if key != "crop"}
+    own_images = {f"dataset.{key}": value for key, value in vars(cfg.dataset).items()}
+    images = {key: value for key, value in own_images.items() if key not in ("dataset.crop", "dataset.batch_size")}
+    judged = own_images | {"dataset.batch_size": None}
     side = {"seed": cfg.seed, "ckpt_dir": str(root)}
     n = cfg.teacher_steps
     networks = [*cfg.features, f"classifier:{jobs / CLASSIFIER / 'classifier.safetensors'}"]
@@ -128,23 +136,24 @@ def build_stages(cfg: PipelineConfig) -> list[Stage]:
 
     stages = [
         stage(
-            CLASSIFIER, "ssdd.main", {"task": "classifier", "run_name": CLASSIFIER} | side | images,
+            CLASSIFIER, "ssdd.main", {"task": "classifier", "run_name": CLASSIFIER} | side | judged,
             [jobs / CLASSIFIER / "classifier.safetensors", jobs / CLASSIFIER / "task_result.json"], parallel=False,
         ),
         stage(
             TOKENIZER, "ssdd.main",
-            {"task": "train", "run_name": TOKENIZER, "ssdd.encoder_train": True} | side | images | sampler | tokenizer,
+            {"task": "train", "run_name": TOKENIZER, "ssdd.encoder_train": True} | side | own_images | sampler
+            | tokenizer,
             weights(TOKENIZER),
         ),
         stage(
             STUDENT, "ssdd.main",
-            {"task": "train", "run_name": STUDENT} | side | images | sampler | tokenizer | student
+            {"task": "train", "run_name": STUDENT} | side | own_images | sampler | tokenizer | student
             | {"ssdd.encoder_train": False, "ssdd.checkpoint": TOKENIZER, "distill_teacher": True},
             weights(STUDENT), TOKENIZER,
         ),
         stage(
             RECONSTRUCTION, "ssdd.main",
-            {"task": "eval", "run_name": RECONSTRUCTION, "evaluation.baselines": True} | side | images
+            {"task": "eval", "run_name": RECONSTRUCTION, "evaluation.baselines": True} | side | judged
             | {"evaluation.decoders": decoders + curve, "evaluation.features": networks} | flatten(cfg.reconstruction),
             [jobs / RECONSTRUCTION / "task_result.json"], CLASSIFIER, TOKENIZER, STUDENT,
         ),

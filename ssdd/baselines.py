@@ -39,7 +39,8 @@ def classwise_gaussian_samples(pca: PixelPCA, images: Tensor, labels: Tensor, wa
         own = codes[(labels == label).numpy()]
         draw = np.random.Generator(np.random.PCG64(seed_of(seed, "gaussian", label)))
         where = (wanted == label).numpy()
-        covariance = np.atleast_2d(np.cov(own, rowvar=False))
+        one = len(own) == 1  # a class of one image has no spread
+        covariance = np.zeros((codes.shape[1],) * 2) if one else np.atleast_2d(np.cov(own, rowvar=False))
         samples[where] = draw.multivariate_normal(own.mean(axis=0), covariance, size=int(where.sum()), method="eigh")
     return pca.decode(samples)
 

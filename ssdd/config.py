@@ -8,6 +8,8 @@ from ssdd.decoder import DECODER_SIZES
 from ssdd.engine.precision import PRECISIONS
 from ssdd.engine.sources import DatasetConfig
 
+DECIDING_METRICS = ("FID", "PSNR", "SSIM", "MSE", "MAE", "LPIPS", "lite0_distance")
+
 
 @dataclass
 class SamplerConfig:
@@ -96,7 +98,7 @@ class TrainingConfig:
     steps: int | None = None
     """Optimiser steps; wins over epochs."""
     optimizer: str = field(default="schedulefree", metadata={"choices": ("schedulefree", "adamw")})
-    """schedulefree (RAdam, no schedule) or adamw (linear warm-up, then lr_schedule)."""
+    """schedulefree (RAdam with averaged weights) or adamw."""
     lr: float = 8e-4
     """Learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -104,9 +106,9 @@ class TrainingConfig:
     weight_decay: float = 1e-2
     """Decoupled weight decay of matrices, convolutions and norm weights; biases and tables have none."""
     warmup_steps: int = 0
-    """adamw: steps over which the learning rate rises linearly."""
+    """Steps over which the learning rate rises linearly."""
     lr_schedule: str = field(default="constant", metadata={"choices": ("constant", "cosine")})
-    """adamw: learning rate after the warm-up; cosine falls to zero at the last step."""
+    """Learning rate after the warm-up; cosine falls to zero at the last step. schedulefree needs none."""
     grad_accumulate: int = 1
     """Parts that a step's batch is split into, to save memory."""
     grad_clip: float = 0.1
@@ -115,7 +117,7 @@ class TrainingConfig:
     """Autocast; auto is bf16 where the device computes in it natively, else float32. Weights stay float32."""
     eval_freq: int = 4
     """Epochs between evaluations; 0 evaluates never."""
-    save_on_best: str = "FID"
+    save_on_best: str = field(default="FID", metadata={"choices": DECIDING_METRICS})
     """Metric that decides what `best` is; PSNR instead where its network has no weights."""
     save_every: int = 5_000
     """Steps between checkpoints; `last` is also written with every evaluation and at the end."""

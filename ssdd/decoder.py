@@ -47,6 +47,7 @@ class DecoderSize:
         return [-(-self.base * m // self.groups) * self.groups for m in self.multiples]
 
 
+DECODER_STRIDE = 8  # three halvings of the image
 DECODER_SIZES = {
     "XXS": DecoderSize(32, (1, 1, 1, 2), layers=2, heads=2, groups=8, init_std=None),
     "XS": DecoderSize(32, (1, 2, 3, 3), layers=8, heads=4),
@@ -211,8 +212,8 @@ class UViTDecoder(nn.Module):
 
         ValueError if the sides are not multiples of 8 or z has the wrong number of channels.
         """
-        if height % 8 or width % 8:
-            raise ValueError(f"the decoder works on sides that are multiples of 8, got {height}x{width}")
+        if height % DECODER_STRIDE or width % DECODER_STRIDE:
+            raise ValueError(f"the decoder works on sides that are multiples of {DECODER_STRIDE}, got {height}x{width}")
         if z.shape[1] != self.z_dim:
             raise ValueError(f"the decoder takes latents of {self.z_dim} channels, got {z.shape[1]}")
         z = z.to(self.conv_in.weight.dtype)
@@ -228,7 +229,8 @@ class UViTDecoder(nn.Module):
             modulations += at_level(block, factor)
         for block, factor in zip(self.up_blocks, (8, 4, 2, 1), strict=True):
             modulations += at_level(block, factor)
-        return Condition(z_input, modulations, self.mid_block.condition(ctx, height // 8, width // 8))
+        middle = self.mid_block.condition(ctx, height // DECODER_STRIDE, width // DECODER_STRIDE)
+        return Condition(z_input, modulations, middle)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """v [B, 3, H, W] float32 at image x_t and time t (scalar or [B])."""

@@ -49,8 +49,8 @@ def step_draws(
 class FlowObjective(nn.Module):
     """Flow matching in pixel space given a sampled latent; trains the decoder, and the encoder unless it is frozen.
 
-    weights: name -> weight of the terms diffusion, lpips, kl; a term of weight 0 is not computed. `terms` lists the
-    names of those that are.
+    weights: name -> weight of the terms diffusion, lpips, kl. lpips is computed where `perceptual` is given, kl where
+    the encoder trains and its weight is not 0; `terms` lists the names of those that are.
     """
 
     def __init__(self, tokenizer: SSDD, weights: dict[str, float], perceptual: nn.Module | None = None):

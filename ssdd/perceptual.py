@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +35,20 @@ class Lpips(nn.Module):
 
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
         """Distances [B] of images [B, 3, H, W], about [-1, 1] and not clamped."""
-        distance = 0.0
-        features = zip(self._features(images), self._features(originals), self.network.lins, strict=True)
-        for a, b, head in features:
-            difference = (_unit_channels(a) - _unit_channels(b)).square()
-            distance = distance + head(difference).mean(dim=(1, 2, 3))
-        return distance
+        return self.distance(self.features(images), self.features(originals))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Maps of five layers, normalised over channels; for several comparisons with the same images."""
+        return [_unit_channels(x) for x in self.network.net(self.network.scaling_layer(images.float()))]
+
+    def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Distances [B] of two results of `features`."""
+        heads = zip(a, b, self.network.lins, strict=True)
+        return sum(head((x - y).square()).mean(dim=(1, 2, 3)) for x, y, head in heads)
 
     def train(self, mode: bool = True) -> Lpips:
         """Stays in evaluation mode whatever a surrounding module does."""
         return super().train(False)
-
-    def _features(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.network.net(self.network.scaling_layer(images.float()))
 
 
 def _unit_channels(features: Tensor) -> Tensor:
@@ -73,8 +75,14 @@ class Lite0Distance(nn.Module):
         self.network = EfficientNetLite0(load_tensors(find("efficientnet_lite0"))).eval().requires_grad_(False)
 
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
-        """Distances [B] of uint8 images [B, 3, H, W]."""
-        pairs = list(zip(self.network.stages(images), self.network.stages(originals), strict=True))
-        return sum(
-            (_unit_channels(a) - _unit_channels(b)).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs
-        ) / len(pairs)
+        """Distances [B] of images [B, 3, H, W] in [-1, 1]."""
+        return self.distance(self.features(images), self.features(originals))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Maps of five stages, normalised over channels; for several comparisons with the same images."""
+        return [_unit_channels(x) for x in self.network.stages(images)]
+
+    def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Distances [B] of two results of `features`."""
+        stages = [(x - y).square().sum(dim=1).mean(dim=(1, 2)) for x, y in zip(a, b, strict=True)]
+        return sum(stages) / len(stages)

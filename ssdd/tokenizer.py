@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ssdd.decoder import DECODER_SIZES, UViTDecoder
+from ssdd.decoder import DECODER_SIZES, DECODER_STRIDE, UViTDecoder
 from ssdd.encoder import Encoder, parse_encoder_name
 from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.errors import UserError
@@ -63,6 +64,7 @@ class SSDD(nn.Module):
             "decoder": decoder,
             "fm_sampler": sampler,
         }
+        self.side_multiple = math.lcm(self.f, DECODER_STRIDE)
         self.encoder = Encoder(self.f, self.z_dim, width)
         self.decoder = UViTDecoder(decoder, self.z_dim)
         if encoder_train:
@@ -83,6 +85,11 @@ class SSDD(nn.Module):
         """torch.compile the encoder and the decoder's velocity, in place; the state dict stays the same."""
         self.encoder.compile(**options)
         self.decoder.velocity = torch.compile(self.decoder.velocity, **options)
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """UserError unless images of these sides can be encoded and decoded: multiples of 8 and of the stride f."""
+        if height % self.side_multiple or width % self.side_multiple:
+            raise UserError(f"image sides must be multiples of {self.side_multiple}, got {height}x{width}")
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Image [B, 3, H, W] in [-1, 1] -> posterior over z [B, c, H/f, W/f]. ValueError unless f divides H and W."""

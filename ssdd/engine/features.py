@@ -107,22 +107,23 @@ class EfficientNetLite0(nn.Module):
         self.model.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.forward_head(self.model.forward_features(self._inputs(images)), pre_logits=True)
+        return self.model.forward_head(self.model.forward_features(_prepare(from_uint8(images))), pre_logits=True)
 
     def logits(self, images: Tensor) -> Tensor:
         """ImageNet class logits [n, 1000] of uint8 images [n, 3, h, w]."""
-        return self.model(self._inputs(images))
+        return self.model(_prepare(from_uint8(images)))
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of the five resolutions, finest first, of uint8 images [n, 3, h, w]."""
-        return self.model.forward_intermediates(self._inputs(images), intermediates_only=True)
+        """Feature maps of the five resolutions, finest first, of images [n, 3, h, w] in [-1, 1]."""
+        return self.model.forward_intermediates(_prepare(images), intermediates_only=True)
 
-    def _inputs(self, images: Tensor) -> Tensor:
-        inputs = from_uint8(images).contiguous(memory_format=torch.channels_last)
-        if min(inputs.shape[2:]) < LITE0_SMALLEST_SIDE:
-            enlarged = [max(side, LITE0_SMALLEST_SIDE) for side in inputs.shape[2:]]
-            inputs = F.interpolate(inputs, size=enlarged, mode="bilinear", align_corners=False)
-        return inputs
+
+def _prepare(images: Tensor) -> Tensor:
+    images = images.contiguous(memory_format=torch.channels_last)
+    if min(images.shape[2:]) < LITE0_SMALLEST_SIDE:
+        enlarged = [max(side, LITE0_SMALLEST_SIDE) for side in images.shape[2:]]
+        images = F.interpolate(images, size=enlarged, mode="bilinear", align_corners=False)
+    return images
 
 
 class ClassifierFeatures(nn.Module):

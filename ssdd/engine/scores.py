@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor
 
 from ssdd.engine.features import FeatureNetwork, load_features
@@ -34,6 +35,11 @@ def load_networks(names: Sequence[str], device: Any) -> list[FeatureNetwork]:
     return [load_features(name, device) for name in dict.fromkeys(chosen)]
 
 
+def automatic_without_weights(names: Sequence[str]) -> list[str]:
+    """What "auto" among `names` leaves out on this machine."""
+    return [name for name in AUTOMATIC if "auto" in names and name not in names and not has(name)]
+
+
 class SetScores:
     """Collects the features of named image sets, then compares them with one of them."""
 
@@ -43,12 +49,16 @@ class SetScores:
 
     def update(self, name: str, images: Tensor, indices: Tensor) -> None:
         """Add uint8 images [n, 3, H, W] with their indices (int64 [n]) to the set `name`."""
-        statistics = self._collected.setdefault(name, [FeatureStatistics(network.dim) for network in self.networks])
-        for network, collected in zip(self.networks, statistics, strict=True):
+        for network, collected in zip(self.networks, self._sets(name), strict=True):
             collected.update(network(images), indices)
+
+    def _sets(self, name: str) -> list[FeatureStatistics]:
+        return self._collected.setdefault(name, [FeatureStatistics(network.dim) for network in self.networks])
 
     def compute(self) -> dict[str, dict[str, Statistics]]:
         """Network name -> set name -> statistics, merged over all processes."""
+        for name in gathered_keys(self._collected):
+            self._sets(name)  # a process without an image of a set takes part in its reduction all the same
         for statistics in self._collected.values():
             for collected in statistics:
                 collected.reduce()
@@ -56,6 +66,15 @@ class SetScores:
             network.name: {name: statistics[i].compute() for name, statistics in self._collected.items()}
             for i, network in enumerate(self.networks)
         }
+
+
+def gathered_keys(collected: Mapping[str, Any]) -> list[str]:
+    """The keys that any process has, in one order for all."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(collected)
+    keys: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(keys, list(collected))
+    return list(dict.fromkeys(key for own in keys for key in own))
 
 
 def compare(

@@ -56,6 +56,12 @@ def check_finite(accelerator: Accelerator, bad_step: Tensor, last: Path) -> None
         )
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's work, before and after a timed section; nothing on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the device on CUDA, else of the process."""
     if device.type == "cuda":

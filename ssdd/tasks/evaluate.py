@@ -5,6 +5,7 @@ Decoder noise comes from one generator per image index: the figures depend neith
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,16 +24,17 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.images import ImageDataset, eval_batches, open_source
 from ssdd.engine.metrics import psnr, ssim
 from ssdd.engine.noise import indexed_noise
-from ssdd.engine.pictures import grid, save_png, to_uint8
+from ssdd.engine.pictures import from_uint8, grid, save_png, to_uint8
 from ssdd.engine.run import RunDirectory
-from ssdd.engine.scores import SetScores, compare, load_networks, paired_differences
-from ssdd.engine.training import open_accelerator, peak_memory
+from ssdd.engine.scores import SetScores, automatic_without_weights, compare, load_networks, paired_differences
+from ssdd.engine.training import open_accelerator, peak_memory, synchronize
 from ssdd.engine.weights import has
 from ssdd.perceptual import Lite0Distance, Lpips
 from ssdd.tokenizer import SSDD
 
 ORIGINALS, REALS = "originals", "reals"
 HIGHER_IS_BETTER = ("PSNR", "SSIM")
+log = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -43,11 +45,15 @@ class Evaluation:
         self.device = accelerator.device
         self.dataset = ImageDataset(open_source(cfg.dataset, "val"), cfg.dataset, train=False)
         self.networks = load_networks(cfg.evaluation.features, self.device)
-        self.perceptual = {}
+        self.perceptual: dict[str, Lpips | Lite0Distance] = {}
         if has("alexnet"):
             self.perceptual["LPIPS"] = Lpips("alex").to(self.device)
         if has("efficientnet_lite0"):
             self.perceptual[Lite0Distance.name] = Lite0Distance().to(self.device)
+        self.left_out = [f"features {name}" for name in automatic_without_weights(cfg.evaluation.features)]
+        self.left_out += [] if "LPIPS" in self.perceptual else ["LPIPS (alexnet)"]
+        if self.left_out and accelerator.is_main_process:
+            log.warning("no weights on this machine, so left out: %s", ", ".join(self.left_out))
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], baselines: bool = False, reals: bool = False) -> dict[str, Any]:
@@ -60,6 +66,7 @@ class Evaluation:
         """
         scores, values, seconds = SetScores(self.networks), defaultdict(dict), defaultdict(float)
         pictures: dict[str, Tensor] = {}
+        decoded = 0
         pca = self._pca(rows[0].tokenizer) if baselines else None
         for x, _, indices in self._batches(self.dataset):
             originals = to_uint8(x)
@@ -68,19 +75,20 @@ class Evaluation:
             for row in rows:
                 with self.accelerator.autocast():
                     z = row.tokenizer.encode(x).mode()
+                    synchronize(self.device)
                     began = time.perf_counter()
-                    decoded = row.tokenizer.decode(z, steps=row.steps, noise=noise)
-                    images[row.name] = to_uint8(decoded)
-                    if self.device.type == "cuda":
-                        torch.cuda.synchronize()
+                    images[row.name] = to_uint8(row.tokenizer.decode(z, steps=row.steps, noise=noise))
+                    synchronize(self.device)
                     seconds[row.name] += time.perf_counter() - began
+            decoded += len(x)
             if pca is not None:
                 images[f"PCA-{pca.pca.n_components_}"] = pca.decode(pca.encode(originals.cpu())).to(self.device)
                 images["blur"] = slight_blur(originals)
+            features = {name: network.features(x) for name, network in self.perceptual.items()}
             for name, batch in images.items():
                 scores.update(name, batch, indices)
                 if name != ORIGINALS:
-                    values[name] |= self._image_metrics(batch, originals, indices)
+                    values[name] |= self._image_metrics(batch, originals, features, indices)
                 kept = pictures.get(name, batch[:0].cpu())
                 pictures[name] = torch.cat([kept, batch[: self.cfg.show_samples - len(kept)].cpu()])
         if reals:
@@ -90,9 +98,8 @@ class Evaluation:
                 scores.update(REALS, to_uint8(x), indices)
         result = self._summarise(scores, self._merge(values), rows, reals)
         for row in result["rows"]:
-            if row["name"] in seconds:
-                own = len(range(self.accelerator.process_index, result["count"], self.accelerator.num_processes))
-                row["images_per_s"] = own / seconds[row["name"]] * self.accelerator.num_processes
+            if seconds[row["name"]]:
+                row["images_per_s"] = decoded / seconds[row["name"]] * self.accelerator.num_processes
         return result | {"pictures": pictures}
 
     def deciding(self, scores: dict[str, Any], wanted: str) -> tuple[str, float]:
@@ -110,8 +117,13 @@ class Evaluation:
         ):
             yield x.to(self.device, memory_format=torch.channels_last), labels, indices
 
-    def _image_metrics(self, images: Tensor, originals: Tensor, indices: Tensor) -> dict[int, dict[str, float]]:
-        """Sample index -> metrics of that image, on 8-bit pixels; MSE and MAE in units of [0, 1] times 1000 and 1."""
+    def _image_metrics(
+        self, images: Tensor, originals: Tensor, features: dict[str, list[Tensor]], indices: Tensor
+    ) -> dict[int, dict[str, float]]:
+        """Sample index -> metrics of that image, on 8-bit pixels; MSE and MAE in units of [0, 1] times 1000 and 1.
+
+        features: those of the originals, for every perceptual distance.
+        """
         difference = (images.float() - originals.float()) / 255
         columns = {
             "PSNR": psnr(images, originals),
@@ -119,11 +131,8 @@ class Evaluation:
             "MSE": 1000 * difference.square().mean(dim=(1, 2, 3)),
             "MAE": difference.abs().mean(dim=(1, 2, 3)),
         }
-        for name, distance in self.perceptual.items():
-            if name == "LPIPS":
-                columns[name] = distance(images.float() / 127.5 - 1, originals.float() / 127.5 - 1)
-            else:
-                columns[name] = distance(images, originals)
+        for name, network in self.perceptual.items():
+            columns[name] = network.distance(network.features(from_uint8(images)), features[name])
         table = {name: column.tolist() for name, column in columns.items()}
         return {index: {name: table[name][i] for name in table} for i, index in enumerate(indices.tolist())}
 
@@ -156,7 +165,10 @@ class Evaluation:
             result["floor"][network] = compared[ORIGINALS] | frechet
             result["paired"][network] = paired_differences(kernels, list(means))
         result["features"] = {network.name: network.checksum for network in self.networks}
-        result["count"] = len(self.dataset) - len(self.dataset.corrupt)
+        result["left_out"] = self.left_out
+        skipped = {i: where for part in gather_object([self.dataset.corrupt]) for i, where in part.items()}
+        result["skipped"] = [skipped[i] for i in sorted(skipped)]
+        result["count"] = len(self.dataset) - len(skipped)
         return result
 
     def _pca(self, tokenizer: SSDD) -> PixelPCA:
@@ -180,6 +192,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             )
         steps = cfg.evaluation.steps or [cfg.ssdd.fm_sampler.steps]
         rows = open_rows([f"steps-{n}:{cfg.ssdd.checkpoint}:{n}" for n in steps], cfg.ckpt_dir, accelerator.device)
+    for row in rows:
+        row.tokenizer.check_image_size(cfg.dataset.im_size, cfg.dataset.im_size)
     evaluation = Evaluation(cfg, accelerator)
     result = evaluation.run(rows, baselines=cfg.evaluation.baselines, reals=True)
     pictures = result.pop("pictures")
@@ -192,7 +206,6 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             "task": "eval",
             "data": evaluation.dataset.source.fingerprint(),
             "crop": cfg.dataset.crop,
-            "skipped": sorted(evaluation.dataset.corrupt.values()),
             "peak_memory_bytes": peak_memory(accelerator.device),
             **result,
         }

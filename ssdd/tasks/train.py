@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     torch.manual_seed(seed_of(cfg.seed, "ssdd.init"))
     network = build_tokenizer(cfg).to(device)
     objective = build_objective(cfg, network).to(device)
+    network.check_image_size(cfg.dataset.im_size, cfg.dataset.im_size)
     if cfg.distill_teacher:
         network.config["fm_sampler"]["steps"] = 1  # what the student is trained for, and decode's default in its file
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -83,7 +85,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         network.load_state_dict(tensors["model"])
         ema.load({name: tensors["model_ema"][name] for name in parameters}, state["ema"])
         checkpoint.load_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
-        window.copy_(tensors["aux"]["window"])
+        windows = tensors["aux"]["windows"]
+        window.copy_(windows[rank] if len(windows) == world else windows.mean(0))
     start = state["step"]
     if cfg.ssdd.compile:
         network.compile()
@@ -95,6 +98,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         directory.truncate_metrics(start)
 
     def save(name: str) -> None:
+        windows = accelerator.gather(window.unsqueeze(0))  # [world, terms + 1]
         if not accelerator.is_main_process:
             return
         optimizer_tensors, optimizer_values = checkpoint.optimizer_tensors(optimizer.optimizer)
@@ -102,7 +106,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             "model": network.state_dict(),
             "model_ema": network.state_dict() | ema.tensors(),
             "optimizer": optimizer_tensors,
-            "aux": {"window": window},
+            "aux": {"windows": windows},
         }
         state.update(identity=identity, ema=ema.state(), optimizer=optimizer_values)
         if accelerator.scaler is not None:
@@ -135,8 +139,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             size = rows // training.grad_accumulate
             finite = torch.ones((), dtype=torch.bool, device=device)
             for part in (slice(first, first + size) for first in range(0, rows, size)):
-                exchange = part.stop == rows
-                with accelerator.no_sync(model) if not exchange else accelerator.accumulate():
+                with nullcontext() if part.stop == rows else accelerator.no_sync(model):
                     with accelerator.autocast():
                         terms = model(x[part], draws.rows(part))
                     loss = weighted_sum(terms, weights) / training.grad_accumulate
@@ -149,7 +152,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             # Optimise, average.
             norm = accelerator.clip_grad_norm_(parameters.values(), training.grad_clip or math.inf)
             window[-1] += norm
-            bad_step = torch.where((bad_step < 0) & ~(finite & norm.isfinite()), step + 1, bad_step)
+            finite &= norm.isfinite() | (accelerator.scaler is not None)  # a scaler skips steps that overflow
+            bad_step = torch.where((bad_step < 0) & ~finite, step + 1, bad_step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update(averaged_weights(optimizer.optimizer, parameters))
@@ -184,7 +188,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 scores = evaluation.run([Row("tokenizer", shown, sampler_steps)])["rows"][0]
                 metric, value = evaluation.deciding(scores, training.save_on_best)
                 progress.metrics(done, {f"val/{name}": v for name, v in scores.items() if isinstance(v, float)})
-                if state["best"] is None or value > state["best"]["value"]:
+                best = state["best"]
+                if best is None or best["metric"] != metric or value > best["value"]:
                     state["best"] = {"metric": metric, "value": value, "step": done}
                     save("best")
                 logged_at = time.perf_counter()

@@ -14,7 +14,7 @@ import torch
 
 from dit.config import DiTConfig
 from dit.model import DiT
-from dit.train import learning_rate, run, step_draws
+from dit.train import run, step_draws
 from ssdd.engine.config import to_yaml
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
@@ -207,9 +207,3 @@ def test_dropped_labels_become_the_null_class_and_none_without_dropout(settings)
     run(cfg)
     model = DiT.from_pretrained(cfg.run_name, cfg.ckpt_dir)
     assert not model.null_class and len(model.y_embedder.embedding_table.weight) == 10
-
-
-def test_the_learning_rate_warms_up_and_stays(settings):
-    training = settings(warmup_steps=4, lr=1.0).training
-    assert [learning_rate(training, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert learning_rate(settings(lr=1.0).training, 0) == 1.0

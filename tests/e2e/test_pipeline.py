@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 
 import pytest
 from PIL import Image
 
+from ssdd.engine.checkpoint import load
 from ssdd.engine.sources import DatasetConfig, open_source
 from tests.e2e.conftest import table_without_speed
 
@@ -46,6 +48,21 @@ def test_killed_in_the_middle_of_every_stage_it_ends_with_the_same_table(pipelin
         else:
             chain.kill_when(rf"^\[{number}/8\] {stage}: python", delay=4)  # into its imports, or its work
     assert table_without_speed(chain.run()) == expected
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_stage_after_a_checkpoint_and_no_further_one_starts(pipeline):
+    chain = pipeline("digits")
+    process = chain.start()
+    for line in process.stdout:
+        if line.startswith("train tokenizer 1/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 3
+    assert "[2/8] tokenizer: interrupted" in rest and "[3/8]" not in rest
+    assert 1 <= load(chain.root / "jobs" / "tokenizer" / "checkpoints" / "last")[1]["step"] < 8
+    assert "student-1" in chain.run()
 
 
 @pytest.mark.slow

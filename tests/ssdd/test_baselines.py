@@ -35,6 +35,13 @@ def test_gaussian_samples_have_the_moments_of_their_class():
     assert torch.equal(samples, classwise_gaussian_samples(pca, training, labels, wanted, seed=0).float())
 
 
+def test_a_class_of_one_image_is_sampled_as_that_image():
+    training = images(20)
+    labels = torch.tensor([0] * 19 + [1])
+    samples = classwise_gaussian_samples(PixelPCA(training, 20), training, labels, torch.tensor([1, 1]), seed=0)
+    assert torch.equal(samples, training[-1:].expand(2, -1, -1, -1))
+
+
 def test_the_blur_keeps_constants_and_spreads_a_point_by_its_kernel():
     constant = torch.full((1, 3, 5, 5), 77, dtype=torch.uint8)
     assert torch.equal(slight_blur(constant), constant)
