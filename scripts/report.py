@@ -61,7 +61,7 @@ def write_report(cfg: PipelineConfig, stages: list[Stage]) -> str:
         generation_pictures(cfg, jobs),
         "<h2>Curves</h2><div class=columns>",
         loss_plot(root, cfg),
-        steps_plot(cfg, reconstruction, networks),
+        *(steps_plot(cfg, reconstruction, network) for network in networks),
         "</div>",
         stage_table(root, stages),
         provenance(cfg, reconstruction, generation),
@@ -183,25 +183,25 @@ def loss_plot(root: Path, cfg: PipelineConfig) -> str:
     return _plot(figure, "Training losses")
 
 
-def steps_plot(cfg: PipelineConfig, reconstruction: dict, networks: list[str]) -> str:
-    """KID of the teacher's reconstructions against its steps, and the student's single step."""
+def steps_plot(cfg: PipelineConfig, reconstruction: dict, network: str) -> str:
+    """KID of the teacher's reconstructions against its steps, and the student's single step, with 95 % intervals."""
     figure, axes = _figure()
-    rows = {row["name"]: row for row in reconstruction["rows"]}
+    rows = {row["name"]: row["distances"][network] for row in reconstruction["rows"]}
     steps = sorted({1, *curve_steps(cfg.teacher_steps), cfg.teacher_steps})
-    for network in networks:
-        unit = max(abs(rows["teacher-1"]["distances"][network]["kid"]), 1e-12)
-        line = axes.plot(
-            steps,
-            [rows[f"teacher-{k}"]["distances"][network]["kid"] / unit for k in steps],
-            marker="o",
-            label=f"teacher, {network.split(':')[0]}",
-        )[0]
-        student = rows["student-1"]["distances"][network]["kid"] / unit
-        axes.plot([1], [student], marker="*", markersize=12, color=line.get_color(), label="student")
-    axes.set(xlabel="steps", ylabel="KID, relative to the teacher's at 1 step", xscale="log", xticks=steps)
-    axes.set_xticklabels(steps)
+    for label, marker, points in (
+        ("teacher", "o", {k: rows[f"teacher-{k}"] for k in steps}),
+        ("student", "*", {1: rows["student-1"]}),
+    ):
+        values = [row["kid"] for row in points.values()]
+        below = [row["kid"] - row["kid_low"] for row in points.values()]
+        above = [row["kid_high"] - row["kid"] for row in points.values()]
+        axes.errorbar(list(points), values, (below, above), marker=marker, markersize=8, capsize=3, label=label)
+    axes.axhline(reconstruction["floor"][network]["kid"], color="gray", linestyle=":", label="held-out images")
+    axes.set(xlabel="steps", ylabel="KID", xscale="log")
+    axes.set_xticks(steps, steps)
+    axes.minorticks_off()
     axes.legend()
-    return _plot(figure, "Reconstruction distance against steps")
+    return _plot(figure, f"Reconstruction KID against steps, features {network.split(':')[0]}")
 
 
 def stage_table(root: Path, stages: list[Stage]) -> str:
