@@ -2,17 +2,33 @@
 
 Every query attends to the keys at most `window - 1` rows and columns away; the logit of query i and key j gets
 table[y_i - y_j + window - 1, x_i - x_j + window - 1, head] (Swin's relative bias, centred on every query). Queries are
-grouped into window x window tiles; a tile and its halo of keys is one fused attention call, and all tiles share one
-bias of [heads, window^2, (3 window - 2)^2], so no N x N mask exists.
+grouped into window x window tiles, each of which sees the keys of its tile and halo. Rows of tiles are the batch and
+tiles of a row take the place of heads in fused attention calls, one for every run of rows with the same keys at the
+grid's edge: their bias is shared by the rows of the run and by the images, and no N x N mask exists.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+CPU_KEY_BYTES = 16 << 20
+"""On a CPU a call gathers keys of this size at most: larger buffers leave the cache, and come as fresh pages."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """A run of rows of tiles whose keys lie at the same places relative to the grid's edge."""
+
+    first: int
+    count: int
+    mask: int
+    """Which of `WindowGeometry.visible` and of the biases."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +44,11 @@ class WindowGeometry:
     """Queries a tile, down and across."""
     halo: int
     """Keys beyond the tile on each side."""
+    bands: tuple[Band, ...]
     bias_index: Tensor
-    """int64 [tile queries, tile keys] into the flattened bias table; 0 where `visible` is false."""
+    """int64 [tile queries, tile keys] into the flattened bias table; 0 beyond the window."""
     visible: Tensor
-    """bool [tiles or 1, 1, tile queries, tile keys]: the key lies inside the window and inside the grid."""
+    """bool [masks, tiles across, 1, tile queries, tile keys]: the key lies inside the window and inside the grid."""
 
     @classmethod
     def of(cls, height: int, width: int, window: int, device: torch.device) -> WindowGeometry:
@@ -50,36 +67,50 @@ class WindowGeometry:
         inside = ((dy.abs() <= reach) & (dx.abs() <= reach)).reshape(tile_h * tile_w, -1)
         index = ((dy + reach) * (2 * window - 1) + dx + reach).reshape(tile_h * tile_w, -1)
 
-        def key_inside(tile: int, count: int, length: int) -> Tensor:  # [count, tile + 2 halo]
-            start = torch.arange(count, device=device)[:, None] * tile - halo
-            position = start + torch.arange(tile + 2 * halo, device=device)[None]
-            return (position >= 0) & (position < length)
+        # The keys of a tile that lie inside the grid are a range; rows of tiles with equal ranges form a band.
+        rows = [_inside(i * tile_h - halo, tile_h + 2 * halo, height) for i in range(tiles[0])]
+        columns = [_inside(i * tile_w - halo, tile_w + 2 * halo, width) for i in range(tiles[1])]
+        ranges = list(dict.fromkeys(rows))
+        runs = [list(run) for _, run in groupby(range(tiles[0]), key=rows.__getitem__)]
+        bands = tuple(Band(run[0], len(run), ranges.index(rows[run[0]])) for run in runs)
 
-        rows, columns = key_inside(tile_h, tiles[0], height), key_inside(tile_w, tiles[1], width)
-        keys = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(tiles[0] * tiles[1], 1, 1, -1)
-        visible = inside & (keys[:1] if single else keys)
-        return cls(height, width, window, tiles, (tile_h, tile_w), halo, index * inside, visible)
+        def in_ranges(ranges: list[tuple[int, int]], length: int) -> Tensor:  # [len(ranges), length]
+            position = torch.arange(length, device=device)
+            return torch.stack([(position >= start) & (position < stop) for start, stop in ranges])
+
+        key_rows = in_ranges(ranges, tile_h + 2 * halo)[:, None, :, None]
+        key_columns = in_ranges(columns, tile_w + 2 * halo)[None, :, None, :]
+        keys = (key_rows & key_columns).flatten(2)[:, :, None, None]  # [masks, tiles across, 1, 1, tile keys]
+        return cls(height, width, window, tiles, (tile_h, tile_w), halo, bands, index * inside, inside & keys)
 
     def query_tiles(self, x: Tensor) -> Tensor:
-        """[B, H, W, heads, d] -> [B * tiles, heads, tile queries, d]."""
-        (ty, tx), (th, tw) = self.tiles, self.tile
-        x = F.pad(x, (0, 0, 0, 0, 0, tx * tw - self.width, 0, ty * th - self.height))
-        x = x.unflatten(2, (tx, tw)).unflatten(1, (ty, th))  # [B, ty, th, tx, tw, heads, d]
-        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
+        """[B, n tile height, W, heads, d] -> [B n, tiles across * heads, tile queries, d]; W is whole tiles."""
+        x = x.unflatten(2, (self.tiles[1], -1)).unflatten(1, (-1, self.tile[0]))  # [B, n, th, tx, tw, heads, d]
+        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
     def key_tiles(self, x: Tensor) -> Tensor:
-        """[B, H, W, heads, d] -> [B * tiles, heads, tile keys, d]; keys outside the grid are zero."""
-        (ty, tx), (th, tw), halo = self.tiles, self.tile, self.halo
-        x = F.pad(x, (0, 0, 0, 0, halo, tx * tw - self.width + halo, halo, ty * th - self.height + halo))
-        x = x.unfold(1, th + 2 * halo, th).unfold(2, tw + 2 * halo, tw)  # [B, ty, tx, heads, d, kh, kw]
-        return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5).flatten(0, 2)
+        """[B, n tile height + 2 halo, W + 2 halo, heads, d] -> [B n, tiles across * heads, tile keys, d]."""
+        (th, tw), halo = self.tile, self.halo
+        x = x.unfold(1, th + 2 * halo, th).unfold(2, tw + 2 * halo, tw)  # [B, n, tx, heads, d, kh, kw]
+        return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
-    def merge_tiles(self, x: Tensor) -> Tensor:
-        """[B * tiles, heads, tile queries, d] -> [B, H, W, heads * d]."""
-        (ty, tx), (th, tw) = self.tiles, self.tile
-        x = x.unflatten(2, (th, tw)).unflatten(0, (-1, ty, tx))  # [B, ty, tx, heads, th, tw, d]
-        x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-        return x[:, : self.height, : self.width]
+    def merge_tiles(self, x: Tensor, batch: int) -> Tensor:
+        """[B n, tiles across * heads, tile queries, d] -> [B, n tile height, W, heads * d]."""
+        x = x.unflatten(2, self.tile).unflatten(1, (self.tiles[1], -1)).unflatten(0, (batch, -1))
+        x = x.permute(0, 1, 4, 2, 5, 3, 6)  # [B, n, th, tx, tw, heads, d]
+        return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+    def calls(self, row_bytes: int, device: torch.device) -> Iterator[Band]:
+        """The bands, on a CPU cut to calls whose keys, `row_bytes` for a row of tiles, stay below CPU_KEY_BYTES."""
+        for band in self.bands:
+            most = band.count if device.type != "cpu" else max(1, CPU_KEY_BYTES // row_bytes)
+            for first in range(0, band.count, most):
+                yield Band(band.first + first, min(most, band.count - first), band.mask)
+
+
+def _inside(start: int, length: int, limit: int) -> tuple[int, int]:
+    """The part of `length` positions from `start` on that lies in [0, limit), relative to `start`."""
+    return max(0, -start), min(length, limit - start)
 
 
 class RelativePositionBias(nn.Module):
@@ -90,9 +121,9 @@ class RelativePositionBias(nn.Module):
         self.relative_bias_table = nn.Parameter(torch.zeros(2 * window - 1, 2 * window - 1, heads))
 
     def forward(self, geometry: WindowGeometry) -> Tensor:
-        """Additive float mask [tiles or 1, heads, tile queries, tile keys], -inf where the key is not visible."""
-        bias = self.relative_bias_table.flatten(0, 1)[geometry.bias_index].permute(2, 0, 1)[None]
-        return bias.masked_fill(~geometry.visible, float("-inf"))
+        """Additive float mask [masks, tiles across * heads, tile queries, tile keys], -inf for keys out of sight."""
+        bias = self.relative_bias_table.flatten(0, 1)[geometry.bias_index].permute(2, 0, 1)
+        return torch.where(geometry.visible, bias, float("-inf")).flatten(1, 2)
 
 
 class WindowAttention(nn.Module):
@@ -107,7 +138,19 @@ class WindowAttention(nn.Module):
         self.out_proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, bias: Tensor, geometry: WindowGeometry) -> Tensor:
+        (th, tw), halo = geometry.tile, geometry.halo
+        below, right = geometry.tiles[0] * th - geometry.height, geometry.tiles[1] * tw - geometry.width
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.to_q, self.to_k, self.to_v))
-        q, k, v = geometry.query_tiles(q), geometry.key_tiles(k), geometry.key_tiles(v)
-        mask = bias.to(q.dtype).repeat(q.shape[0] // bias.shape[0], 1, 1, 1) if bias.shape[0] > 1 else bias.to(q.dtype)
-        return self.out_proj(geometry.merge_tiles(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+        q = F.pad(q, (0, 0, 0, 0, 0, right, 0, below))
+        k, v = (F.pad(y, (0, 0, 0, 0, halo, right + halo, halo, below + halo)) for y in (k, v))
+        bias = bias.to(q.dtype)
+        row_bytes = len(x) * geometry.tiles[1] * geometry.bias_index.shape[1] * x.shape[-1] * x.element_size()
+        parts = []
+        for band in geometry.calls(row_bytes, x.device):
+            start, stop = band.first * th, (band.first + band.count) * th
+            queries = geometry.query_tiles(q[:, start:stop])
+            keys, values = (geometry.key_tiles(y[:, start : stop + 2 * halo]) for y in (k, v))
+            tiles = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias[band.mask][None])
+            parts.append(geometry.merge_tiles(tiles, len(x)))
+        grid = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return self.out_proj(grid[:, : geometry.height, : geometry.width])

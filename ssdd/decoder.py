@@ -7,13 +7,16 @@ blocks only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssdd.attention import RelativePositionBias, WindowAttention, WindowGeometry
+from ssdd.engine.errors import UserError
 from ssdd.layers import (
     AdaLayerNorm,
     Downsample,
@@ -46,6 +49,11 @@ class DecoderSize:
         """Channels of the four levels."""
         return [-(-self.base * m // self.groups) * self.groups for m in self.multiples]
 
+    @property
+    def head_count(self) -> int:
+        """Attention heads of the middle."""
+        return self.heads or min(16, max(4, self.levels[-1] // 64))
+
 
 DECODER_STRIDE = 8  # three halvings of the image
 DECODER_SIZES = {
@@ -61,6 +69,26 @@ DECODER_SIZES = {
     "G": DecoderSize(384, (1, 2, 4, 4), layers=16),
 }
 """XS..G are the published sizes; XXS is ours, for quickstarts and tests on images of 16 to 32 px."""
+DEFAULT_WINDOW = 8
+
+
+def parse_decoder(decoder: str | Mapping[str, Any]) -> tuple[DecoderSize, int]:
+    """Size and attention window of a decoder given as "M", {"size": "M", "window": 8}, or with fields of `DecoderSize`.
+
+    Fields beside `size` replace those of that size. UserError for unknown names and impossible numbers.
+    """
+    options = {"size": decoder} if isinstance(decoder, str) else dict(decoder)
+    window, name = options.pop("window", DEFAULT_WINDOW), options.pop("size", None)
+    if name is not None and name not in DECODER_SIZES:
+        raise UserError(f"decoder size {name!r} is unknown; the sizes are {', '.join(DECODER_SIZES)}")
+    try:
+        size = DecoderSize(**options) if name is None else replace(DECODER_SIZES[name], **options)
+    except TypeError:
+        known = ", ".join(["size", "window", *(entry.name for entry in fields(DecoderSize))])
+        raise UserError(f"decoder {dict(decoder)}: expected some of the keys {known}, or size alone") from None
+    if size.levels[-1] % size.head_count:
+        raise UserError(f"decoder {decoder!r}: {size.levels[-1]} channels do not divide into {size.head_count} heads")
+    return size, window
 
 
 class TransformerBlock(nn.Module):
@@ -156,7 +184,7 @@ class UViTDecoder(nn.Module):
     `size` is a name of `DECODER_SIZES` or a `DecoderSize`; `z_dim` the latent channels; `window` the attention window.
     """
 
-    def __init__(self, size: str | DecoderSize, z_dim: int = 4, window: int = 8):
+    def __init__(self, size: str | DecoderSize, z_dim: int = 4, window: int = DEFAULT_WINDOW):
         super().__init__()
         size = DECODER_SIZES[size] if isinstance(size, str) else size
         levels, groups = size.levels, size.groups
@@ -178,8 +206,7 @@ class UViTDecoder(nn.Module):
             last = i == len(levels) - 1
             self.down_blocks.append(DownBlock(resnets, not last, channels))
             skips += [channels] * (2 if last else 3)
-        heads = size.heads or min(16, max(4, middle // 64))
-        self.mid_block = MiddleBlock(middle, ctx, heads, size.layers, groups, window)
+        self.mid_block = MiddleBlock(middle, ctx, size.head_count, size.layers, groups, window)
         self.up_blocks = nn.ModuleList()
         below = middle
         for i, channels in enumerate(reversed(levels)):

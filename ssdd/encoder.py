@@ -113,7 +113,7 @@ class Encoder(nn.Module):
 
     def __init__(self, stride: int, z_dim: int, width: int = 128):
         super().__init__()
-        self.stride, self.z_dim, self.width = stride, z_dim, width
+        self.f, self.z_dim, self.width = stride, z_dim, width
         groups = _groups(width)
         widths = [width * m for m in [1, 2] + [4] * (int(math.log2(stride)) - 1)]
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)

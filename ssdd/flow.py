@@ -5,8 +5,9 @@ Path, solvers and networks know nothing of each other; the tokenizer's decoder a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,42 +46,48 @@ def uniform_t(n: int, generator: torch.Generator) -> Tensor:
     return torch.rand(n, generator=generator, device=generator.device)
 
 
-def time_grid(steps: int, power: float = 2.0, shift: float = 1.0) -> Tensor:
-    """float32 [steps + 1] times falling from 1 (noise) to 0 (data).
+def time_grid(steps: int, power: float = 2.0, shift: float = 1.0) -> list[float]:
+    """steps + 1 times falling from 1 (noise) to 0 (data), each a float32 number.
 
     `power` p gives linspace(1, 0)^p, finer near the data for p > 1 (SSDD). `shift` s maps t to s t / (1 + (s - 1) t),
     finer near the noise for s > 1 (SD3, LightningDiT; in our direction of time).
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** power
-    return (shift * t / (1 + (shift - 1) * t)).float()
+    t = np.linspace(1, 0, steps + 1) ** power
+    return (shift * t / (1 + (shift - 1) * t)).astype(np.float32).tolist()
 
 
-def euler(velocity: Velocity, x: Tensor, grid: Tensor, callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+def step_lengths(grid: Sequence[float]) -> list[float]:
+    """t_i - t_{i+1} of a grid, as float32 numbers."""
+    return (-np.diff(np.asarray(grid, np.float32))).tolist()
+
+
+def euler(
+    velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callable[[int, Tensor], None] | None = None
+) -> Tensor:
     """First-order solver: x <- x + v(x, t_i) (t_i - t_{i+1}) along `grid`; one evaluation a step.
 
     The state stays in float32 whatever the network's dtype. `callback(i, x)` sees the state after step i.
     """
     x = x.float()
-    steps = (grid[:-1] - grid[1:]).tolist()
-    for i, (t, dt) in enumerate(zip(grid[:-1].to(x.device), steps, strict=True)):
-        x = torch.add(x, velocity(x, t).float(), alpha=dt)
+    for i, dt in enumerate(step_lengths(grid)):
+        x = torch.add(x, velocity(x, x.new_full((), grid[i])).float(), alpha=dt)
         if callback is not None:
             callback(i, x)
     return x
 
 
-def heun(velocity: Velocity, x: Tensor, grid: Tensor, callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+def heun(
+    velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callable[[int, Tensor], None] | None = None
+) -> Tensor:
     """Second-order solver (explicit trapezoid); two evaluations a step, one on the last step into t = 0."""
     x = x.float()
-    times = grid.to(x.device)
-    steps = (grid[:-1] - grid[1:]).tolist()
-    for i, dt in enumerate(steps):
-        v = velocity(x, times[i]).float()
+    for i, dt in enumerate(step_lengths(grid)):
+        v = velocity(x, x.new_full((), grid[i])).float()
         x_next = torch.add(x, v, alpha=dt)
-        if i + 1 < len(steps):
-            v_next = velocity(x_next, times[i + 1]).float()
+        if i + 2 < len(grid):
+            v_next = velocity(x_next, x.new_full((), grid[i + 1])).float()
             x_next = torch.add(x, v + v_next, alpha=dt / 2)
         x = x_next
         if callback is not None:

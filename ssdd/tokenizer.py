@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ssdd.decoder import DECODER_SIZES, DECODER_STRIDE, UViTDecoder
+from ssdd.decoder import DECODER_STRIDE, Condition, UViTDecoder, parse_decoder
 from ssdd.encoder import Encoder, parse_encoder_name
 from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.errors import UserError
-from ssdd.flow import euler, time_grid
+from ssdd.flow import Velocity, euler, time_grid
+from ssdd.foreign import SD_VAE, KLEncoder, adopt
 from ssdd.latent import DiagonalGaussian
+from ssdd.tiling import Tile, blend, tile_image
+from ssdd.weights import encoder_weights, load_weights, options_of, read_weights
 
 WEIGHTS_NAME = "model.safetensors"
 METADATA_KEY = "ssdd"
@@ -28,20 +30,24 @@ METADATA_KEY = "ssdd"
 class SSDD(nn.Module):
     """Image tokenizer with a KL encoder and a U-ViT flow-matching decoder (arXiv 2510.04961).
 
-    encoder: "f8c4" (stride 8, 4 channels), f4..f64 with any channel count, or {"name": "f8c4", "width": 64}.
-    decoder: a size of `ssdd.decoder.DECODER_SIZES`.
-    checkpoint: run name, `run@best`, folder or .safetensors file with both networks; `encoder_checkpoint` the same,
-        of which only the encoder is read.
+    encoder: "f8c4" (stride 8, 4 channels), f4..f64 with any channel count, or {"name": "f8c4", "width": 64}; "sdvae" or
+        {"name": "diffusers", "path": FOLDER} for a frozen AutoencoderKL (see `ssdd.foreign`); or a frozen module.
+        Frozen encoders from elsewhere are neither parameters of the tokenizer nor part of its files.
+    decoder: a size of `ssdd.decoder.DECODER_SIZES`, or a mapping (see `ssdd.decoder.parse_decoder`).
+    checkpoint: run name, `run@best`, folder or weights file with both networks; `encoder_checkpoint` the same, or a
+        KL-VAE under LDM's or diffusers' names, of which only the encoder is read.
     encoder_train: leave the encoder trainable; otherwise it is frozen. posterior_std: deviation of z that an encoder
         to be trained from scratch starts with.
     fm_sampler: defaults of `decode`, {"steps": 8, "t_pow_shift": 2.0}.
     ckpt_dir: where run names are looked up.
+
+    UserError for names that mean nothing and weights that do not fit.
     """
 
     def __init__(
         self,
-        encoder: str | Mapping[str, Any] = "f8c4",
-        decoder: str = "M",
+        encoder: str | Mapping[str, Any] | nn.Module = "f8c4",
+        decoder: str | Mapping[str, Any] = "M",
         checkpoint: str | Path | None = None,
         encoder_checkpoint: str | Path | None = None,
         encoder_train: bool = False,
@@ -50,35 +56,33 @@ class SSDD(nn.Module):
         ckpt_dir: str | Path = "runs",
     ):
         super().__init__()
-        encoder = {"name": encoder} if isinstance(encoder, str) else dict(encoder)
-        sampler = {"steps": 8, "t_pow_shift": 2.0} | dict(fm_sampler or {})
-        if decoder not in DECODER_SIZES:
-            raise UserError(f"decoder size {decoder!r} is unknown; the sizes are {', '.join(DECODER_SIZES)}")
-        try:
-            self.f, self.z_dim = parse_encoder_name(encoder["name"])
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        width = encoder.get("width", 128)
+        network, described = _build_encoder(encoder)
+        size, window = parse_decoder(decoder)
         self.config = {
-            "encoder": {"name": encoder["name"], "width": width},
-            "decoder": decoder,
-            "fm_sampler": sampler,
+            "encoder": described,
+            "decoder": decoder if isinstance(decoder, str) else dict(decoder),
+            "fm_sampler": {"steps": 8, "t_pow_shift": 2.0} | dict(fm_sampler or {}),
         }
+        self.f, self.z_dim = network.f, network.z_dim
         self.side_multiple = math.lcm(self.f, DECODER_STRIDE)
-        self.encoder = Encoder(self.f, self.z_dim, width)
-        self.decoder = UViTDecoder(decoder, self.z_dim)
-        if encoder_train:
-            self.encoder.initialise(posterior_std)
-        self.encoder.requires_grad_(encoder_train)
+        if isinstance(network, Encoder):
+            self.encoder = network
+            if encoder_train:
+                network.initialise(posterior_std)
+            network.requires_grad_(encoder_train)
+        elif encoder_train or encoder_checkpoint is not None:
+            raise UserError(f"the encoder {described} comes with its weights and stays frozen")
+        else:
+            object.__setattr__(self, "encoder", network)  # not a submodule: no parameters, not in the state dict
+        self.decoder = UViTDecoder(size, self.z_dim, window)
+        self._rows: int | None = None
+        self._tiling: tuple[int, int] | None = None
         if checkpoint is not None:
             path = resolve(str(checkpoint), ckpt_dir)
             load_weights(self, read_weights(path)[0], path)
         if encoder_checkpoint is not None:
             path = resolve(str(encoder_checkpoint), ckpt_dir)
-            weights = {
-                k.removeprefix("encoder."): v for k, v in read_weights(path)[0].items() if k.startswith("encoder.")
-            }
-            load_weights(self.encoder, weights, path)
+            load_weights(self.encoder, encoder_weights(read_weights(path)[0], path), path)
         self.to(memory_format=torch.channels_last)
 
     def compile(self, **options: object) -> None:
@@ -91,12 +95,28 @@ class SSDD(nn.Module):
         if height % self.side_multiple or width % self.side_multiple:
             raise UserError(f"image sides must be multiples of {self.side_multiple}, got {height}x{width}")
 
+    def enable_slicing(self, rows: int | None = 1) -> None:
+        """Encode and decode this many images at once, to save memory; None: the whole batch."""
+        self._rows = rows
+
+    def enable_tiling(self, tile: int | None = 512, overlap: int = 128) -> None:
+        """Decode images with a side above `tile` pixels in tiles that overlap and are blended; None: whole.
+
+        Memory is linear in the pixels without it too. Tiles see neither each other's group norm statistics nor tokens
+        further than their edges, so results differ slightly from a whole decode; where the network's output depends on
+        the image within overlap / 4 pixels only, there is no difference. ValueError if `overlap` is not below `tile`.
+        """
+        if tile is not None:
+            tile_image(tile, tile, tile, overlap, self.side_multiple)
+        self._tiling = None if tile is None else (tile, overlap)
+
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Image [B, 3, H, W] in [-1, 1] -> posterior over z [B, c, H/f, W/f]. ValueError unless f divides H and W."""
         if x.shape[-2] % self.f or x.shape[-1] % self.f:
             raise ValueError(f"image sides must be multiples of {self.f}, got {x.shape[-2]}x{x.shape[-1]}")
-        x = x.to(self.encoder.conv_in.weight.dtype, memory_format=torch.channels_last)
-        return DiagonalGaussian(self.encoder(x).float())
+        dtype = next((p.dtype for p in self.encoder.parameters()), x.dtype)
+        x = x.to(dtype, memory_format=torch.channels_last)
+        return DiagonalGaussian(torch.cat([self.encoder(part).float() for part in x.split(self._rows or len(x))]))
 
     @torch.no_grad()
     def decode(
@@ -118,10 +138,37 @@ class SSDD(nn.Module):
             device = generator.device if generator is not None else z.device
             noise = torch.randn(z.shape[0], 3, height, width, generator=generator, device=device)
         noise = noise.to(z.device, torch.float32, memory_format=torch.channels_last)
-        condition = self.decoder.condition(z, height, width)
-        grid = time_grid(steps, self.config["fm_sampler"]["t_pow_shift"])
-        x = euler(lambda x_t, t: self.decoder.velocity(x_t, t, condition), noise, grid)
+        grid, rows = time_grid(steps, self.config["fm_sampler"]["t_pow_shift"]), self._rows or len(z)
+        parts = zip(z.split(rows), noise.split(rows), strict=True)
+        x = torch.cat([euler(self._velocity_of(z_part, height, width), part, grid) for z_part, part in parts])
         return x.clamp(-1, 1) if x0_clamp else x
+
+    def _velocity_of(self, z: Tensor, height: int, width: int) -> Velocity:
+        """(x_t, t) -> v for a fixed z; what depends on z alone is done here, once."""
+        if self._tiling is None or max(height, width) <= self._tiling[0]:
+            condition = self.decoder.condition(z, height, width)
+            return lambda x_t, t: self.decoder.velocity(x_t, t, condition)
+        tiles = tile_image(height, width, *self._tiling, self.side_multiple)
+        conditions = {id(tile): self._condition_of(z, tile) for tile in tiles}
+
+        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            def of_tile(tile: Tile) -> Tensor:
+                return self.decoder.velocity(x_t[..., tile.rows, tile.columns], t, conditions[id(tile)])
+
+            return blend(tiles, of_tile, x_t)
+
+        return velocity
+
+    def _condition_of(self, z: Tensor, tile: Tile) -> Condition:
+        rows, columns = (slice(s.start // self.f, s.stop // self.f) for s in (tile.rows, tile.columns))
+        height, width = tile.weight.shape
+        return self.decoder.condition(z[..., rows, columns], height, width)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SSDD:
+        super()._apply(fn, recurse)
+        if "encoder" not in self._modules:  # a frozen encoder from elsewhere moves along
+            self.encoder._apply(fn)
+        return self
 
     def encoder_fingerprint(self) -> str:
         """sha256 of the encoder's weights: latents and their statistics belong to exactly one of these."""
@@ -137,48 +184,48 @@ class SSDD(nn.Module):
         return {METADATA_KEY: json.dumps(self.config, sort_keys=True)}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write folder/model.safetensors, weights and configuration in one file (atomically)."""
+        """Write folder/model.safetensors atomically: weights in the official layout, configuration as metadata."""
         save_tensors(Path(folder) / WEIGHTS_NAME, self.state_dict(), self.metadata)
 
     @classmethod
-    def from_pretrained(cls, reference: str | Path, ckpt_dir: str | Path = "runs", **overrides: Any) -> SSDD:
-        """From a folder, a .safetensors file or a run name whose file carries its configuration.
+    def from_pretrained(
+        cls, reference: str | Path, ckpt_dir: str | Path = "runs", strict: bool = True, **overrides: Any
+    ) -> SSDD:
+        """From a folder, a weights file or a run name; files of ours carry their configuration.
 
-        Keyword arguments replace entries of that configuration. A file without one (an official SSDD file) needs
-        `encoder` and `decoder`.
+        Keyword arguments replace entries of that configuration. Without one, as in an official SSDD file, encoder and
+        decoder are told from names and shapes. strict=False loads the tensors that fit and logs the rest.
         """
         path = resolve(str(reference), ckpt_dir)
         weights, metadata = read_weights(path)
-        config = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else {}
-        if not config and not {"encoder", "decoder"} <= set(overrides):
-            raise UserError(
-                f"{path} does not say which networks it holds: pass encoder= and decoder= (such as f8c4 and M)"
-            )
-        model = cls(**config | overrides)
-        load_weights(model, weights, path)
+        config = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else options_of(weights)
+        config |= overrides
+        if not {"encoder", "decoder"} <= set(config):
+            raise UserError(f"{path} does not say which networks it holds: pass encoder= and decoder=, as f8c4 and M")
+        model = cls(**config)
+        load_weights(model, weights, path, strict)
         return model
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file. UserError if it cannot be read whole."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a complete safetensors file: {error}") from None
-
-
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Strict load: on any difference in names or shapes nothing is loaded and one UserError says what differs."""
-    expected = module.state_dict()
-    problems = [f"lacks {key}" for key in expected if key not in weights]
-    problems += [f"has {key}, which this network does not" for key in weights if key not in expected]
-    problems += [
-        f"{key} is {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in weights and weights[key].shape != value.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 5} more differences)" if len(problems) > 5 else ""
-        raise UserError(f"{source} does not fit this network: it {'; '.join(problems[:5])}{more}")
-    module.load_state_dict(dict(weights))
+def _build_encoder(encoder: str | Mapping[str, Any] | nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder, and its description in the tokenizer's config."""
+    if isinstance(encoder, nn.Module):
+        network = adopt(encoder)
+        return network, {"name": "module", "f": network.f, "z_dim": network.z_dim}
+    options = {"name": encoder} if isinstance(encoder, str) else dict(encoder)
+    name = options.pop("name", None)
+    if name in ("sdvae", "diffusers"):
+        described = {"name": "diffusers", "path": str(options.pop("path", SD_VAE))}
+        network = KLEncoder.from_pretrained(described["path"])
+    elif name == "module":
+        raise UserError("the encoder was a module, which is not in the file: pass it again as encoder=")
+    else:
+        described = {"name": name, "width": options.pop("width", 128)}
+        try:
+            stride, channels = parse_encoder_name(str(name))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        network = Encoder(stride, channels, described["width"])
+    if options:
+        raise UserError(f"encoder {encoder}: unknown keys {', '.join(options)}; expected name, width or path")
+    return network, described

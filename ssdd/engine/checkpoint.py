@@ -25,8 +25,15 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import plain, sync_folder, write_atomic
 
 STATE_FILE = "state.json"
-# Averaged weights first; the last three are the names in folders of the official SSDD code.
-WEIGHT_FILES = ("model_ema.safetensors", "model_ae_ema.safetensors", "model_1.safetensors", "model.safetensors")
+# Averaged weights first; then the names in folders of the official SSDD code, and of diffusers.
+WEIGHT_FILES = (
+    "model_ema.safetensors",
+    "model_ae_ema.safetensors",
+    "model_1.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+)
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # the others are torch files, read with weights_only
 
 
 def save(
@@ -164,22 +171,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
 
 def resolve(reference: str, ckpt_dir: str | os.PathLike[str]) -> Path:
-    """The ``.safetensors`` weights file that ``reference`` means.
+    """The weights file that ``reference`` means.
 
-    ``run``, ``run@last`` (the same) or ``run@best`` below ``ckpt_dir/jobs``; a checkpoint, run or official model
-    directory; or a ``.safetensors`` file. Averaged (EMA) weights are preferred. :class:`UserError` lists what was
+    ``run``, ``run@last`` (the same) or ``run@best`` below ``ckpt_dir/jobs``; a checkpoint, run, official or diffusers
+    directory; or a file. Averaged (EMA) weights are preferred. :class:`UserError` lists what was
     looked for and the runs that exist.
     """
     if not reference:
         raise UserError("empty checkpoint reference; give a run name, run@best, a directory or a .safetensors file")
     jobs, path = Path(ckpt_dir) / "jobs", Path(reference).expanduser()
     if path.is_file():
-        if path.suffix == ".safetensors":
+        if path.suffix in SUFFIXES:
             return path
-        raise UserError(f"{path}: not a .safetensors file, the only weights format read here")
-    is_name = len(path.parts) == 1 and path.suffix != ".safetensors"
+        raise UserError(f"{path}: not a weights file; these end in {', '.join(SUFFIXES)}")
+    is_name = len(path.parts) == 1 and path.suffix not in SUFFIXES
     run, _, which = reference.partition("@") if is_name else ("", "", "")
-    folders = [path, path / "checkpoints" / "last"] if path.suffix != ".safetensors" else []
+    folders = [path, path / "checkpoints" / "last"] if path.suffix not in SUFFIXES else []
     if is_name:
         folders.insert(0, jobs / run / "checkpoints" / (which or "last"))
     for folder in folders:

@@ -30,7 +30,7 @@ def test_one_time_for_all_equals_a_time_an_image(tokenizer):
     x, z = torch.randn(3, 3, 16, 16), torch.randn(3, 2, 2, 2)
     with torch.no_grad():
         one, each = (tokenizer.decoder(x, t, z) for t in (0.3, torch.full((3,), 0.3)))
-    assert torch.allclose(one, each, atol=1e-6)
+    assert torch.allclose(one, each, atol=1e-5)
 
 
 def test_block_modulation_equals_modulation_at_pixel_size():

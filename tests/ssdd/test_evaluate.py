@@ -25,7 +25,7 @@ def test_figures_do_not_depend_on_batch_size_and_equal_decoders_score_equally(tr
     assert [row["name"] for row in large["rows"]] == ["two", "again", "one", "PCA-8", "blur"]
     for a, b in zip(large["rows"], small["rows"], strict=True):
         for metric in ("PSNR", "SSIM", "MSE", "MAE", "lite0_distance"):
-            assert a[metric] == pytest.approx(b[metric], rel=1e-5)
+            assert a[metric] == pytest.approx(b[metric], rel=1e-4)
         assert a["distances"]["efficientnet_lite0"]["kid"] == pytest.approx(
             b["distances"]["efficientnet_lite0"]["kid"], rel=1e-4
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ssdd import SSDD
 from ssdd.engine.errors import UserError
+from ssdd.flow import interpolate
+from ssdd.weights import load_weights, read_weights
 
 
 def test_decode_depends_on_latent_and_noise_alone(tokenizer):
@@ -34,17 +38,28 @@ def test_decode_is_float32_may_be_clamped_and_takes_its_default_steps(tokenizer)
     assert torch.equal(tokenizer.decode(z, noise=noise, x0_clamp=True), y.clamp(-1, 1))
 
 
-@pytest.mark.parametrize(("encoder", "sides"), [("f4c3", (16, 24)), ("f8c16", (32, 16)), ("f16c16", (32, 48))])
-def test_any_stride_channels_and_shape_round_trips_through_files(encoder, sides, tmp_path):
-    model = SSDD({"name": encoder, "width": 8}, "XXS")
+@pytest.mark.parametrize(
+    ("encoder", "sides"), [("f4c3", (16, 24)), ("f8c16", (32, 16)), ("f16c16", (32, 48)), ("f32c64", (32, 64))]
+)
+def test_any_stride_channels_and_shape_trains_and_round_trips_through_files(encoder, sides, tmp_path):
+    torch.manual_seed(0)
+    model = SSDD({"name": encoder, "width": 8}, "XXS", encoder_train=True)
     x = torch.rand(1, 3, *sides) * 2 - 1
-    z = model.encode(x).mode()
+    noise, before = torch.randn(1, 3, *sides), copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    posterior = model.encode(x)
+    z = posterior.sample(torch.Generator().manual_seed(0))
     assert z.shape == (1, model.z_dim, sides[0] // model.f, sides[1] // model.f)
+    loss = (model.decoder(interpolate(x, noise, torch.tensor(0.5)), 0.5, z) - (x - noise)).square().mean()
+    (loss + 1e-3 * posterior.kl().mean()).backward()
+    optimizer.step()
+    assert loss.isfinite() and not torch.equal(model.encoder.conv_in.weight, before["encoder.conv_in.weight"])
+    assert not torch.equal(model.decoder.conv_in.weight, before["decoder.conv_in.weight"])
+
     model.save_pretrained(tmp_path)
     again = SSDD.from_pretrained(tmp_path)
     assert again.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-    noise = torch.randn(1, 3, *sides)
     assert torch.equal(again.decode(z, steps=1, noise=noise), model.decode(z, steps=1, noise=noise))
     assert again.encoder_fingerprint() == model.encoder_fingerprint()
 
@@ -65,7 +80,7 @@ def test_the_encoder_is_frozen_unless_asked_for():
     assert trained.encode(torch.zeros(1, 3, 16, 16)).std.mean().item() == pytest.approx(0.1, rel=0.5)
 
 
-@pytest.mark.parametrize("damage", ["missing", "shape", "extra", "truncated", "unnamed"])
+@pytest.mark.parametrize("damage", ["missing", "shape", "extra", "truncated"])
 def test_a_file_that_does_not_fit_gives_one_error_and_loads_nothing(tokenizer, tmp_path, damage):
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -76,20 +91,22 @@ def test_a_file_that_does_not_fit_gives_one_error_and_loads_nothing(tokenizer, t
         tensors["decoder.conv_out.bias"] = torch.zeros(4)
     elif damage == "extra":
         tensors["decoder.other"] = torch.zeros(4)
-    metadata = None if damage == "unnamed" else tokenizer.metadata
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     else:
-        save_file(tensors, path, metadata=metadata)
+        save_file(tensors, path, metadata=tokenizer.metadata)
     expected = {
         "missing": "lacks decoder.conv_out.bias",
         "shape": r"\(4,\) instead of \(3,\)",
         "extra": "has decoder.other",
         "truncated": "not a complete safetensors file",
-        "unnamed": "pass encoder= and decoder=",
     }
+    before = {key: value.clone() for key, value in tokenizer.state_dict().items()}
     with pytest.raises(UserError, match=expected[damage]):
         SSDD.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=expected[damage]):
+        load_weights(tokenizer, {k: v + 1 for k, v in read_weights(path)[0].items()}, path)
+    assert all(torch.equal(value, before[key]) for key, value in tokenizer.state_dict().items())
 
 
 def test_names_that_mean_nothing_are_refused():

@@ -1,0 +1,67 @@
+"""Frozen encoders from elsewhere: any diffusers AutoencoderKL, SD-VAE among them, or a module of the user's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssdd.engine.errors import UserError
+
+SD_VAE = "stabilityai/sd-vae-ft-mse"
+
+
+class KLEncoder(nn.Module):
+    """The encoder of a diffusers `AutoencoderKL`, in the latent space of the generators that were trained on it.
+
+    That space is (z - shift_factor) * scaling_factor with the factors of the VAE's config, so what such a generator
+    samples can be decoded as it is. f: stride; z_dim: latent channels.
+    """
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        config = vae.config
+        self.f, self.z_dim = 2 ** (len(config.block_out_channels) - 1), config.latent_channels
+        self.scale, self.shift = config.scaling_factor or 1.0, getattr(config, "shift_factor", None) or 0.0
+        self.vae = vae.eval().requires_grad_(False)
+        self.vae.decoder = None  # never used; the largest half of the memory
+
+    @classmethod
+    def from_pretrained(cls, path: str) -> KLEncoder:
+        """From a folder, or a name in the local Hugging Face cache (fetched if there is a connection).
+
+        UserError if diffusers or the weights are missing.
+        """
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            raise UserError(f"encoder {path!r} needs diffusers; run: pip install diffusers") from None
+        try:
+            return cls(AutoencoderKL.from_pretrained(path))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"encoder {path!r}: no AutoencoderKL there ({str(error).splitlines()[0]}). Give a folder with "
+                f"config.json and diffusion_pytorch_model.safetensors, or fetch it with `hf download {path}`"
+            ) from None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [-1, 1] -> [B, 2c, H/f, W/f], mean | log variance."""
+        posterior = self.vae.encode(x).latent_dist
+        mean = (posterior.mean - self.shift) * self.scale
+        return torch.cat([mean, posterior.logvar + 2 * math.log(self.scale)], dim=1)
+
+
+def adopt(encoder: nn.Module) -> nn.Module:
+    """A user's module as a frozen encoder; an AutoencoderKL is wrapped.
+
+    Others map images [B, 3, H, W] in [-1, 1] to mean | log variance [B, 2 z_dim, H/f, W/f] and have the integers f and
+    z_dim, else UserError.
+    """
+    if hasattr(encoder, "encode") and hasattr(getattr(encoder, "config", None), "block_out_channels"):
+        return KLEncoder(encoder)
+    if not all(isinstance(getattr(encoder, name, None), int) for name in ("f", "z_dim")):
+        raise UserError(f"the encoder module {type(encoder).__name__} must have the integers f (stride) and z_dim")
+    return encoder.eval().requires_grad_(False)
