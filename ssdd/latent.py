@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,6 +75,13 @@ class LatentNorm:
         """The norm that changes nothing."""
         return cls(torch.zeros(channels), torch.ones(channels), 0.0, 1.0, 0, fingerprint)
 
+    @classmethod
+    def of(cls, mean: Sequence[float], std: Sequence[float]) -> LatentNorm:
+        """From the numbers of every channel alone, of no known encoder."""
+        moments = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64).square()
+        scalars = cls.from_moments(*moments, 0, "")
+        return replace(scalars, mean=torch.tensor(mean), std=torch.tensor(std))
+
     def scalar(self) -> LatentNorm:
         """The same statistics with one mean and deviation for all channels."""
         mean, std = torch.full_like(self.mean, self.z_mean), torch.full_like(self.std, self.z_std)
@@ -116,10 +124,16 @@ class LatentNorm:
         missing = {"mean", "std", "z_mean", "z_std", "count", "fingerprint"} - set(stats)
         if missing:
             raise UserError(f"{path} is not a latent statistics file: it lacks {', '.join(sorted(missing))}")
-        if fingerprint is not None and stats["fingerprint"] != fingerprint:
+        mean, std = torch.tensor(stats["mean"]), torch.tensor(stats["std"])
+        norm = cls(mean, std, stats["z_mean"], stats["z_std"], stats["count"], stats["fingerprint"])
+        if fingerprint is not None:
+            norm.check_encoder(fingerprint, path)
+        return norm
+
+    def check_encoder(self, fingerprint: str, where: str | Path) -> None:
+        """UserError that names `where` unless the statistics are those of the encoder with this fingerprint."""
+        if self.fingerprint != fingerprint:
             raise UserError(
-                f"{path} holds the statistics of another encoder (weights {stats['fingerprint'][:12]}, "
+                f"{where} holds the statistics of another encoder (weights {self.fingerprint[:12]}, "
                 f"this encoder {fingerprint[:12]}): make them again with task=z_stats, or load their own encoder"
             )
-        mean, std = torch.tensor(stats["mean"]), torch.tensor(stats["std"])
-        return cls(mean, std, stats["z_mean"], stats["z_std"], stats["count"], stats["fingerprint"])

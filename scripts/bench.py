@@ -1,0 +1,80 @@
+"""Measure speed and memory on this machine: `python scripts/bench.py scaling`.
+
+scaling: time and peak memory of one-step decodes and of local attention alone at growing sizes, a process for each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a path: become scripts.bench, whose imports find the packages
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:] = [str(root), *(entry for entry in sys.path if Path(entry or ".").resolve() != root / "scripts")]
+    sys.exit(importlib.import_module("scripts.bench").main())
+
+SIDES = (256, 512, 1024)
+REPEATS = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the measurement that is asked for."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv == ["scaling"]:
+        return scaling()
+    if len(argv) == 3 and argv[0] == "_measure":
+        print(json.dumps(measure(argv[1], int(argv[2]))))
+        return 0
+    print(__doc__, file=sys.stderr)
+    return 0 if argv in (["-h"], ["--help"]) else 2
+
+
+def scaling() -> int:
+    """A table of best times, times a pixel relative to the smallest size, and peak resident memory."""
+    print("what       px     best s   ns/px   ratio   peak GiB")
+    for what in ("attention", "decode"):
+        first = None
+        for side in SIDES:
+            command = [sys.executable, "-m", "scripts.bench", "_measure", what, str(side)]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            seconds, memory = found["seconds"], found["peak_bytes"] / 2**30
+            pixel = seconds / side**2 * 1e9
+            first = first or pixel
+            print(f"{what:9s} {side:5d} {seconds:9.3f} {pixel:8.0f} {pixel / first:7.2f} {memory:9.2f}", flush=True)
+    return 0
+
+
+def measure(what: str, side: int) -> dict[str, float]:
+    """Best of some runs in this process, decoder S at f8c4, one image of side x side pixels, float32."""
+    import torch
+
+    from ssdd import SSDD
+    from ssdd.attention import WindowGeometry
+    from ssdd.engine.training import peak_memory, synchronize
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = SSDD({"name": "f8c4", "width": 64}, "S").to(device)
+    grid = side // 8
+    z, noise = torch.randn(1, 4, grid, grid, device=device), torch.randn(1, 3, side, side, device=device)
+    block = model.decoder.mid_block.transformer_blocks[0]
+    tokens = torch.randn(1, grid, grid, block.attn1.to_q.in_features, device=device)
+    geometry = WindowGeometry.of(grid, grid, 8, device)
+
+    @torch.no_grad()
+    def attention() -> None:
+        block.attn1(tokens, block.relative_position_bias(geometry), geometry)
+
+    run = attention if what == "attention" else lambda: model.decode(z, steps=1, noise=noise)
+    seconds = []
+    for _ in range(REPEATS + 1):  # the first is warm-up
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": min(seconds[1:]), "peak_bytes": peak_memory(device)}

@@ -1,0 +1,234 @@
+"""SSDD shaped like diffusers' AutoencoderKL: DiT, SiT, REPA and diffusers code takes it after a one-line change.
+
+That code multiplies latents by a constant, often the literal 0.18215, and expects unit variance from it. So the
+public latent is p = (z - z_mean) / z_std / scaling_factor: normalisation is folded in on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ssdd.adapters.noise import Generators, decoder_noise
+from ssdd.latent import DiagonalGaussian, LatentNorm
+from ssdd.tokenizer import SSDD
+
+try:
+    from diffusers import ConfigMixin, ModelMixin
+    from diffusers.configuration_utils import register_to_config
+except ImportError:
+    from ssdd.adapters.standin import ConfigMixin, ModelMixin, register_to_config
+
+SD_SCALING_FACTOR = 0.18215
+"""What DiT, SiT and REPA multiply latents by, written into their code."""
+
+
+class NormalisedGaussian:
+    """The posterior of public latents; every value is a fresh tensor [B, C, h, w] of `dtype`, free to be changed."""
+
+    def __init__(self, raw: DiagonalGaussian, norm: LatentNorm, scaling_factor: float, dtype: torch.dtype):
+        self._raw, self._norm, self._factor, self._dtype = raw, norm, scaling_factor, dtype
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self._public(self._raw.sample(generator))
+
+    def mode(self) -> Tensor:
+        return self._public(self._raw.mode())
+
+    @property
+    def mean(self) -> Tensor:
+        return self.mode()
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self._logvar()).to(self._dtype)
+
+    @property
+    def var(self) -> Tensor:
+        return torch.exp(self._logvar()).to(self._dtype)
+
+    @property
+    def logvar(self) -> Tensor:
+        return self._logvar().to(self._dtype)
+
+    @property
+    def parameters(self) -> Tensor:
+        """mean | log variance, [B, 2C, h, w]."""
+        return torch.cat([self.mean, self.logvar], dim=1)
+
+    def kl(self) -> Tensor:
+        """KL to N(0, I) in nats, summed over c, h, w: float32 [B]."""
+        logvar, mean = self._logvar(), self._norm.normalise(self._raw.mean) / self._factor
+        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+    def _public(self, z: Tensor) -> Tensor:
+        return (self._norm.normalise(z) / self._factor).to(self._dtype)
+
+    def _logvar(self) -> Tensor:
+        scale = self._norm.std.to(self._raw.logvar.device).view(-1, 1, 1) * self._factor
+        return self._raw.logvar - 2 * scale.log()
+
+
+class Output:
+    """Named results as attributes, as items by name, and by position."""
+
+    def __init__(self, **results: Any):
+        vars(self).update(results)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return vars(self)[key] if isinstance(key, str) else tuple(vars(self).values())[key]
+
+
+class AutoencoderSSDD(ModelMixin, ConfigMixin):
+    """AutoencoderKL's interface on an SSDD tokenizer.
+
+    encoder, decoder: as `SSDD` takes them, but for modules; checkpoint: weights for both, a reference as for `SSDD`.
+    steps, t_pow_shift: the decoder's sampling; one step is for distilled decoders.
+    z_mean, z_std: statistics of the raw latents, one number a channel; None for 0 and 1.
+    scaling_factor: what calling code multiplies latents by.
+    noise_seed: noise of decodes without `noise` and `generator`, equal for all images (`ssdd.adapters.noise`).
+
+    `config` has these and, as code for AutoencoderKL reads them: latent_channels, block_out_channels (only its length
+    means something: the stride is 2 ** (length - 1)), latents_mean = 0 and latents_std = 1 (the public latents are
+    normalised already), shift_factor = 0. UserError as `SSDD`.
+    """
+
+    config_name = "config.json"
+    ignore_for_config = ["checkpoint"]
+
+    @register_to_config
+    def __init__(
+        self,
+        encoder: str | Mapping[str, Any] = "f8c4",
+        decoder: str | Mapping[str, Any] = "M",
+        steps: int = 1,
+        t_pow_shift: float = 2.0,
+        z_mean: list[float] | None = None,
+        z_std: list[float] | None = None,
+        scaling_factor: float = SD_SCALING_FACTOR,
+        noise_seed: int = 0,
+        checkpoint: str | None = None,
+        # The rest follows from the networks: it is here so that a saved config reads back.
+        latent_channels: int | None = None,
+        block_out_channels: list[int] | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        shift_factor: float = 0.0,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        force_upcast: bool = False,
+    ):
+        super().__init__()
+        sampler = {"steps": steps, "t_pow_shift": t_pow_shift}
+        self.tokenizer = SSDD(encoder, decoder, checkpoint=checkpoint, fm_sampler=sampler)
+        channels, doublings = self.tokenizer.z_dim, self.tokenizer.f.bit_length() - 1
+        self.norm = LatentNorm.of(z_mean or [0.0] * channels, z_std or [1.0] * channels)
+        self.register_to_config(
+            latent_channels=channels,
+            block_out_channels=[128 * min(2**i, 4) for i in range(doublings + 1)],
+            latents_mean=[0.0] * channels,
+            latents_std=[1.0] * channels,
+        )
+
+    @classmethod
+    def from_ssdd(
+        cls,
+        model: SSDD | str | Path,
+        z_stats: LatentNorm | str | Path | None = None,
+        scalar: bool = False,
+        steps: int = 1,
+        scaling_factor: float = SD_SCALING_FACTOR,
+        noise_seed: int = 0,
+        ckpt_dir: str | Path = "runs",
+    ) -> Self:
+        """From a tokenizer or a reference to one, and its latent statistics (`z_stats.json`).
+
+        scalar: one mean and deviation for all channels. UserError if the statistics are another encoder's.
+        """
+        model = model if isinstance(model, SSDD) else SSDD.from_pretrained(model, ckpt_dir)
+        if isinstance(z_stats, str | Path):
+            z_stats = LatentNorm.load(z_stats, model.encoder_fingerprint())
+        elif z_stats is not None and z_stats.fingerprint:
+            z_stats.check_encoder(model.encoder_fingerprint(), "z_stats")
+        norm = z_stats or LatentNorm.identity(model.z_dim)
+        norm = norm.scalar() if scalar else norm
+        adapter = cls(
+            encoder=model.config["encoder"],
+            decoder=model.config["decoder"],
+            steps=steps,
+            t_pow_shift=model.config["fm_sampler"]["t_pow_shift"],
+            z_mean=norm.mean.tolist(),
+            z_std=norm.std.tolist(),
+            scaling_factor=scaling_factor,
+            noise_seed=noise_seed,
+        )
+        adapter.tokenizer.load_state_dict(model.state_dict())
+        return adapter.eval()
+
+    @classmethod
+    def from_pretrained(cls, reference: str | Path, **options: Any) -> Self:
+        """A saved adapter (folder with config.json, or a name on the hub), else an SSDD reference for `from_ssdd`."""
+        folder = Path(reference) / options.get("subfolder", "")
+        on_hub = "/" in str(reference) and not Path(reference).exists()
+        if not ((folder / cls.config_name).is_file() or on_hub):
+            return cls.from_ssdd(reference, **options)
+        loaded = super().from_pretrained(reference, **options)
+        if isinstance(loaded, cls):
+            loaded.tokenizer.to(memory_format=torch.channels_last)  # diffusers puts plain tensors into the modules
+        return loaded
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, return_dict: bool = True) -> Output | tuple[NormalisedGaussian]:
+        """Image [B, 3, H, W] in [-1, 1] -> `latent_dist`, the posterior of public latents [B, C, H/f, W/f]."""
+        posterior = self.tokenizer.encode(x)
+        latent_dist = NormalisedGaussian(posterior, self.norm, self.config.scaling_factor, self.dtype)
+        return Output(latent_dist=latent_dist) if return_dict else (latent_dist,)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: bool = True,
+        generator: Generators | None = None,
+        noise: Tensor | None = None,
+        steps: int | None = None,
+    ) -> Output | tuple[Tensor]:
+        """Public latent [B, C, h, w] -> `sample` [B, 3, h f, w f], about [-1, 1], in the module's dtype."""
+        raw = self.norm.denormalise(z.float() * self.config.scaling_factor)
+        if noise is None:
+            shape = (len(z), 3, z.shape[-2] * self.tokenizer.f, z.shape[-1] * self.tokenizer.f)
+            noise = decoder_noise(shape, self.config.noise_seed, generator)
+        sample = self.tokenizer.decode(raw, steps=steps or self.config.steps, noise=noise).to(self.dtype)
+        return Output(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Output | tuple[Tensor]:
+        """Encode and decode; `generator` draws the latent, if it is sampled, and the decoder's noise."""
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict, generator=generator)
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one image at a time."""
+        self.tokenizer.enable_slicing(1)
+
+    def disable_slicing(self) -> None:
+        """Encode and decode the whole batch at once."""
+        self.tokenizer.enable_slicing(None)
+
+    def enable_tiling(self, tile: int | None = 512, overlap: int = 128) -> None:
+        """Decode large images in overlapping tiles; see `SSDD.enable_tiling`."""
+        self.tokenizer.enable_tiling(tile, overlap)
+
+    def disable_tiling(self) -> None:
+        """Decode images whole."""
+        self.tokenizer.enable_tiling(None)
