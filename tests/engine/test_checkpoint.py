@@ -392,6 +392,6 @@ def test_a_reference_to_nothing_lists_what_was_looked_for_and_what_there_is(runs
     assert refusal("begun", runs).endswith("begun, full")
     assert str(runs / "no.safetensors") in refusal(str(runs / "no.safetensors"), runs)
     assert refusal("x", runs / "empty").endswith("none")
-    (runs / "x.pt").write_bytes(b"")
-    assert "not a .safetensors file" in refusal(str(runs / "x.pt"), runs)
+    (runs / "x.txt").write_bytes(b"")
+    assert "not a weights file" in refusal(str(runs / "x.txt"), runs)
     assert "empty checkpoint reference" in refusal("", runs)
