@@ -77,7 +77,7 @@ class SamplingConfig:
     """Drawing latents from a trained generator."""
 
     checkpoint: str | None = None
-    """Checkpoint reference: run, run@last, run@best, folder or .safetensors file (default: run_name). EMA weights."""
+    """Checkpoint reference: run, run@last, run@best, folder or weights file (default: run_name). EMA weights."""
     n: int = 10_000
     """Number of samples."""
     seed: int = 0

@@ -21,7 +21,7 @@ class ViewsConfig:
 @dataclass
 class BuildConfig:
     tokenizer: str
-    """Checkpoint reference of the tokenizer: a run name, name@last, name@best, a folder or a .safetensors."""
+    """Checkpoint reference of the tokenizer: a run name, name@last, name@best, a folder or a weights file."""
     out: str
     """Folder of the cache; an interrupted build of the same settings in it is continued."""
     ckpt_dir: str = "runs"

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     from ssdd.engine.errors import UserError
     from ssdd.engine.sources import open_source
 
+    from .report import write_report
     from .stages import PipelineConfig, build_stages
 
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -48,15 +49,13 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         stages = build_stages(cfg)
         check_arguments(stages)
-        images = {split: open_source(cfg.dataset, split).fingerprint() for split in ("train", "val")}
         with hold_lock(Path(cfg.ckpt_dir) / cfg.name) as lock, StopSignals() as stop:
+            images = {split: open_source(cfg.dataset, split).fingerprint() for split in ("train", "val")}
             for number, stage in enumerate(stages, 1):
                 status = run_stage(cfg, stage, images, stop, lock.fileno(), f"[{number}/{len(stages)}] {stage.name}")
                 if status != 0:
                     return status
-        from .report import write_report
-
-        print(write_report(cfg, stages))
+            print(write_report(cfg, stages))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -151,13 +150,15 @@ def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, l
     print(f"{title}: {shlex.join(['python', *command[1:]])}", flush=True)
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (package_root(), environment.get("PYTHONPATH")) if p)
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds torchrun leaves for a last checkpoint
     if cfg.threads is not None:
         environment["OMP_NUM_THREADS"] = str(cfg.threads)
     began = time.perf_counter()
     process = subprocess.Popen(command, env=environment, pass_fds=[lock])
     stop.watch(process.pid)
-    _, wait_status, usage = os.wait4(process.pid, 0)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, but not yet free to be another's number
     stop.process = None
+    _, wait_status, usage = os.wait4(process.pid, 0)
     status = process.returncode = os.waitstatus_to_exitcode(wait_status)
     seconds = before["seconds"] + time.perf_counter() - began
     if status != 0 or not all(path.is_file() for path in stage.outputs):

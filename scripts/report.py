@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from ssdd.engine.features import LITE0
 from ssdd.engine.files import read_json, write_atomic
 from ssdd.engine.run import RunDirectory
 
@@ -23,7 +24,7 @@ from .stages import (
     curve_steps,
 )
 
-BASELINES = ("blur", "PCA-", "PCA-Gaussian")
+BASELINES = ("blur", "PCA-")
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1d2330;background:#fff;max-width:1400px;margin:0 auto;padding:1rem}
 h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem;border-bottom:1px solid #d5dae3}
@@ -111,20 +112,29 @@ def table(cfg: PipelineConfig, reconstruction: dict, generation: dict, network: 
         f"Features: {short}. r: reconstructions of {reconstruction['count']} held-out images; g: {generation['count']} "
         "generated images. KID with its 95 % bootstrap interval, against training images; the held-out images "
         f"themselves score {floors[0]:.4f} (r) and {floors[1]:.4f} (g). FD: Frechet distance of these features, rFD to "
-        "the originals, gFD to the training images; in brackets that of as many held-out images to training images."
+        f"the originals, gFD to the training images; in brackets that of {reconstruction['count']} (r) and "
+        f"{generation['floor'][network]['count']} (g) held-out images to training images."
     )
-    if network in loss_networks(cfg):
+    if short in loss_networks(cfg):
         caption += " Optimised: these features were also a training loss, which makes them no judge."
     return caption, header, rows
 
 
 def loss_networks(cfg: PipelineConfig) -> list[str]:
-    """Pretrained networks in the losses of tokenizer or student."""
+    """Pretrained networks in the losses of tokenizer or student, under the names of feature networks."""
     from omegaconf import OmegaConf
 
     root = Path(cfg.ckpt_dir) / cfg.name
-    losses = [OmegaConf.load(RunDirectory(root, run).path / "config.yaml")["losses"] for run in (TOKENIZER, STUDENT)]
-    return ["vgg16 (LPIPS)"] if any(weights["lpips"] for weights in losses) else []
+    networks = set()
+    for run in (TOKENIZER, STUDENT):
+        config = OmegaConf.load(RunDirectory(root, run).path / "config.yaml")
+        named = {
+            "lpips": "vgg16",
+            "repa": config["aux_losses"]["repa"]["model"],
+            "features": config["aux_losses"]["features"]["model"].replace(LITE0, "efficientnet_lite0"),
+        }
+        networks |= {name for loss, name in named.items() if config["losses"][loss]}
+    return sorted(networks)
 
 
 def as_text(caption: str, header: list[str], rows: list[list[str]]) -> str:
@@ -193,8 +203,8 @@ def steps_plot(cfg: PipelineConfig, reconstruction: dict, network: str) -> str:
         ("student", "*", {1: rows["student-1"]}),
     ):
         values = [row["kid"] for row in points.values()]
-        below = [row["kid"] - row["kid_low"] for row in points.values()]
-        above = [row["kid_high"] - row["kid"] for row in points.values()]
+        below = [max(0.0, row["kid"] - row["kid_low"]) for row in points.values()]
+        above = [max(0.0, row["kid_high"] - row["kid"]) for row in points.values()]
         axes.errorbar(list(points), values, (below, above), marker=marker, markersize=8, capsize=3, label=label)
     axes.axhline(reconstruction["floor"][network]["kid"], color="gray", linestyle=":", label="held-out images")
     axes.set(xlabel="steps", ylabel="KID", xscale="log")
@@ -209,7 +219,8 @@ def stage_table(root: Path, stages: list[Stage]) -> str:
     rows = []
     for stage in stages:
         record = read_json(root / "stages" / f"{stage.name}.json")
-        rows.append([stage.name, f"{record['seconds']:.0f} s", f"python -m {stage.module} {' '.join(stage.arguments)}"])
+        used = f"{record['seconds']:.0f} s, {record['peak_memory_bytes'] / 2**30:.1f} GiB"
+        rows.append([stage.name, used, f"python -m {stage.module} {' '.join(stage.arguments)}"])
     body = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{seconds}</td><td style='text-align:left;white-space:normal'>"
         f"<code>{html.escape(command)}</code></td></tr>"

@@ -10,6 +10,7 @@ from typing import Any
 from dit.config import DiTConfig
 from latent_cache.config import BuildConfig
 from ssdd.config import SSDDConfig
+from ssdd.engine.errors import UserError
 from ssdd.engine.sources import DatasetConfig
 
 CLASSIFIER, TOKENIZER, STUDENT, RECONSTRUCTION = "classifier", "tokenizer", "student", "reconstruction"
@@ -110,12 +111,14 @@ def curve_steps(teacher_steps: int) -> list[int]:
 
 
 def build_stages(cfg: PipelineConfig) -> list[Stage]:
-    """The chain in the order of running."""
+    """The chain in the order of running. UserError if it would have nothing to compare."""
+    if cfg.teacher_steps < 2:
+        raise UserError(f"teacher_steps={cfg.teacher_steps}: distilling into one step needs a teacher of 2 or more")
     root = Path(cfg.ckpt_dir) / cfg.name
     jobs = root / "jobs"
-    own_images = {f"dataset.{key}": value for key, value in vars(cfg.dataset).items()}
-    images = {key: value for key, value in own_images.items() if key not in ("dataset.crop", "dataset.batch_size")}
-    judged = own_images | {"dataset.batch_size": None}
+    training_images = {f"dataset.{key}": value for key, value in vars(cfg.dataset).items()}
+    evaluation_images = training_images | {"dataset.batch_size": None}
+    adm_images = evaluation_images | {"dataset.crop": None}  # the crop of caches and gFID references is their default
     side = {"seed": cfg.seed, "ckpt_dir": str(root)}
     n = cfg.teacher_steps
     networks = [*cfg.features, f"classifier:{jobs / CLASSIFIER / 'classifier.safetensors'}"]
@@ -136,30 +139,31 @@ def build_stages(cfg: PipelineConfig) -> list[Stage]:
 
     stages = [
         stage(
-            CLASSIFIER, "ssdd.main", {"task": "classifier", "run_name": CLASSIFIER} | side | judged,
+            CLASSIFIER, "ssdd.main", {"task": "classifier", "run_name": CLASSIFIER} | side | evaluation_images,
             [jobs / CLASSIFIER / "classifier.safetensors", jobs / CLASSIFIER / "task_result.json"], parallel=False,
         ),
         stage(
             TOKENIZER, "ssdd.main",
-            {"task": "train", "run_name": TOKENIZER, "ssdd.encoder_train": True} | side | own_images | sampler
+            {"task": "train", "run_name": TOKENIZER, "ssdd.encoder_train": True} | side | training_images | sampler
             | tokenizer,
             weights(TOKENIZER),
         ),
         stage(
             STUDENT, "ssdd.main",
-            {"task": "train", "run_name": STUDENT} | side | own_images | sampler | tokenizer | student
-            | {"ssdd.encoder_train": False, "ssdd.checkpoint": TOKENIZER, "distill_teacher": True},
+            {"task": "train", "run_name": STUDENT} | side | training_images | sampler | tokenizer | student
+            | {"ssdd.encoder_train": False, "ssdd.checkpoint": TOKENIZER, "ssdd.encoder_checkpoint": None,
+               "distill_teacher": True},
             weights(STUDENT), TOKENIZER,
         ),
         stage(
             RECONSTRUCTION, "ssdd.main",
-            {"task": "eval", "run_name": RECONSTRUCTION, "evaluation.baselines": True} | side | judged
+            {"task": "eval", "run_name": RECONSTRUCTION, "evaluation.baselines": True} | side | evaluation_images
             | {"evaluation.decoders": decoders + curve, "evaluation.features": networks} | flatten(cfg.reconstruction),
             [jobs / RECONSTRUCTION / "task_result.json"], CLASSIFIER, TOKENIZER, STUDENT,
         ),
         stage(
             CACHE, "latent_cache",
-            {"tokenizer": TOKENIZER, "out": str(jobs / CACHE), "ckpt_dir": str(root)} | images | flatten(cfg.cache),
+            {"tokenizer": TOKENIZER, "out": str(jobs / CACHE), "ckpt_dir": str(root)} | adm_images | flatten(cfg.cache),
             [jobs / CACHE / "manifest.json"], TOKENIZER,
         ),
         stage(
@@ -176,7 +180,7 @@ def build_stages(cfg: PipelineConfig) -> list[Stage]:
         stage(
             GENERATION, "dit.main",
             {"task": "evaluate", "run_name": DIT, "samples": str(jobs / SAMPLES), "out": str(jobs / GENERATION)}
-            | side | images | {"sampling.seed": cfg.seed, "evaluation.decoders": decoders,
+            | side | adm_images | {"sampling.seed": cfg.seed, "evaluation.decoders": decoders,
                                "evaluation.features": networks} | flatten(cfg.generation),
             [jobs / GENERATION / "task_result.json"], CLASSIFIER, TOKENIZER, STUDENT, SAMPLES,
         ),

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ssdd.decoder import DECODER_SIZES
+from ssdd.distill import LATENTS
+from ssdd.engine.features import LITE0
 from ssdd.engine.precision import PRECISIONS
 from ssdd.engine.sources import DatasetConfig
+from ssdd.repa import DINOV2_BASE
+from ssdd.tokenizer import KL
 
 DECIDING_METRICS = ("FID", "PSNR", "SSIM", "MSE", "MAE", "LPIPS", "lite0_distance")
 
@@ -54,13 +58,13 @@ class TokenizerConfig:
     """The tokenizer."""
 
     encoder: str = "f8c4"
-    """f<stride>c<channels>, with stride 4 to 64 and any number of channels."""
+    """f<stride>c<channels>, with stride 4 to 64; or sdvae, or the folder of a diffusers AutoencoderKL, both frozen."""
     encoder_width: int = 128
     """Channels of the encoder's first level; 128 is the published one."""
-    decoder: str = field(default="M", metadata={"choices": tuple(DECODER_SIZES)})
-    """Decoder size."""
+    decoder: str = field(default="M", metadata={"choices": (*DECODER_SIZES, KL)})
+    """Decoder size; kl is the deterministic decoder of a KL-VAE, trained on losses.l1 and the image losses."""
     checkpoint: str | None = None
-    """Weights to start from, or to evaluate: run, run@best, folder or .safetensors file."""
+    """Weights to start from, or to evaluate: run, run@best, folder or weights file."""
     encoder_checkpoint: str | None = None
     """Weights of which only the encoder is read."""
     encoder_train: bool = False
@@ -82,11 +86,95 @@ class LossesConfig:
     """Weights of the loss terms; a weight of 0 builds nothing."""
 
     diffusion: float = 1.0
-    """Flow matching: mean squared error of the velocity."""
+    """Flow matching: mean squared error of the velocity. Distillation: of the image."""
     lpips: float = 0.5
     """LPIPS (VGG) between target and one-step prediction; needs VGG weights in the search path."""
+    repa: float = 0.25
+    """REPA: tokens against those of a frozen vision transformer; needs its weights in the search path."""
+    features: float = 0.0
+    """LPIPS's form on the timm network aux_losses.features.model."""
     kl: float = 1e-6
     """KL of the posterior to N(0, I), summed over the latent; only while the encoder is trained."""
+    l1: float = 1.0
+    """Mean absolute error, of ssdd.decoder=kl only."""
+    gan_disc: float = 0.0
+    """Adversarial term of the decoder (+blocks=gan)."""
+    gan_train: float = 1.0
+    """The discriminator's own loss."""
+
+
+@dataclass
+class LossStartConfig:
+    """Step from which a loss term counts."""
+
+    lpips: int = 0
+    """LPIPS."""
+    repa: int = 0
+    """REPA."""
+    features: int = 0
+    """Features."""
+
+
+@dataclass
+class RepaConfig:
+    """REPA."""
+
+    model: str = DINOV2_BASE
+    """timm vision transformer whose patch tokens are the reference."""
+    i_extract: int = 4
+    """Transformer block whose output is compared, at most half of the blocks."""
+    n_layers: int = 2
+    """Linear layers between the decoder's tokens and the reference."""
+
+
+@dataclass
+class FeaturesConfig:
+    """The feature loss."""
+
+    model: str = LITE0
+    """timm network whose stages are compared."""
+
+
+@dataclass
+class AuxiliaryConfig:
+    """Networks of the losses."""
+
+    repa: RepaConfig = field(default_factory=RepaConfig)
+    """REPA."""
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    """Features."""
+
+
+@dataclass
+class DiscriminatorConfig:
+    """Discriminator."""
+
+    norm_fn: str = field(default="ada", metadata={"choices": ("ada", "group")})
+    """Group norm conditioned on the time (ada), or plain."""
+    n_layers: int = 4
+    """Convolutions of stride 2."""
+    trajectory: bool = True
+    """Show it the noisy image beside the predicted one."""
+
+
+@dataclass
+class GanConfig:
+    """Adversarial training, where losses.gan_disc is not 0."""
+
+    start_iter: int = 50_000
+    """Step at which discriminator and adversarial term start."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The discriminator."""
+
+
+@dataclass
+class DistillConfig:
+    """Distillation."""
+
+    z: str = field(default="mean", metadata={"choices": LATENTS})
+    """Latent to decode: the posterior's mean, a sample, or noisy: the mean plus up to tau_max deviations of noise."""
+    tau_max: float = 0.3
+    """Largest noise of distill.z=noisy, in deviations of the latents over the first 256 training images."""
 
 
 @dataclass
@@ -155,6 +243,10 @@ class SSDDConfig:
     """Where runs live, and where checkpoint references are looked up."""
     seed: int = 0
     """Seed of initial weights, data order, all training draws and the decoder noise of evaluation."""
+    objective: str = field(default="flow", metadata={"choices": ("flow", "direct")})
+    """flow: flow matching over all times; direct: only at t = 1, one step from noise to real images (a baseline)."""
+    dry_run: bool = False
+    """train: print parameters, GFLOP, memory and hours on this machine, measured on a few steps, and end."""
     distill_teacher: bool = False
     """Distil ssdd.checkpoint, sampled with ssdd.fm_sampler.steps, into a one-step decoder."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -163,6 +255,14 @@ class SSDDConfig:
     """The tokenizer."""
     losses: LossesConfig = field(default_factory=LossesConfig)
     """Loss weights."""
+    losses_start: LossStartConfig = field(default_factory=LossStartConfig)
+    """When losses start."""
+    aux_losses: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
+    """Networks of the losses."""
+    gan: GanConfig = field(default_factory=GanConfig)
+    """Adversarial training."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Distillation."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Training."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

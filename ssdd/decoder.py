@@ -129,13 +129,15 @@ class MiddleBlock(nn.Module):
             [block.relative_position_bias(geometry) for block in self.transformer_blocks],
         )
 
-    def forward(self, x: Tensor, condition: MiddleCondition) -> Tensor:
-        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1))  # [B, H, W, D]
-        for block, modulation, bias in zip(
-            self.transformer_blocks, condition.modulations, condition.biases, strict=True
+    def forward(self, x: Tensor, condition: MiddleCondition, keep: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The map, and the tokens [B, H, W, D] after block number `keep`."""
+        tokens, kept = self.proj_in(self.norm(x).permute(0, 2, 3, 1)), None  # [B, H, W, D]
+        for i, (block, modulation, bias) in enumerate(
+            zip(self.transformer_blocks, condition.modulations, condition.biases, strict=True)
         ):
             tokens = block(tokens, modulation, bias, condition.geometry)
-        return x + self.proj_out(tokens).permute(0, 3, 1, 2)
+            kept = tokens if i == keep else kept
+        return x + self.proj_out(tokens).permute(0, 3, 1, 2), kept
 
 
 @dataclass
@@ -261,6 +263,12 @@ class UViTDecoder(nn.Module):
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """v [B, 3, H, W] float32 at image x_t and time t (scalar or [B])."""
+        return self.velocity_and_tokens(x_t, t, condition)[0]
+
+    def velocity_and_tokens(
+        self, x_t: Tensor, t: Tensor, condition: Condition, keep: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """v, and the tokens [B, H/8, W/8, D] after transformer block number `keep`."""
         x_t = x_t.to(self.conv_in.weight.dtype)
         temb = F.silu(self.time_embedding(t))
         modulations = iter(condition.modulations)
@@ -273,13 +281,13 @@ class UViTDecoder(nn.Module):
             if hasattr(block, "downsamplers"):
                 h = block.downsamplers[0](h)
                 skips.append(h)
-        h = self.mid_block(h, condition.middle)
+        h, tokens = self.mid_block(h, condition.middle, keep)
         for block in self.up_blocks:
             for resnet in block.resnets:
                 h = resnet(torch.cat([h, skips.pop()], dim=1), temb, next(modulations))
             if hasattr(block, "upsamplers"):
                 h = block.upsamplers[0](h)
-        return self.conv_out(F.silu(self.conv_norm_out(h))).float()
+        return self.conv_out(F.silu(self.conv_norm_out(h))).float(), tokens
 
     def forward(self, x_t: Tensor, t: Tensor | float, z: Tensor) -> Tensor:
         """v = x - eps, float32 [B, 3, H, W], at x_t of that shape, t in [0, 1] (scalar or [B]), z [B, z_dim, h, w]."""

@@ -21,6 +21,10 @@ class Row:
     steps: int
 
 
+RESERVED = ("originals", "reals", "blur", "PCA")
+"""How names of other image sets in a table begin."""
+
+
 def open_rows(specifications: Sequence[str], ckpt_dir: str | Path, device: torch.device) -> list[Row]:
     """Rows from `name:reference:steps`; each tokenizer is loaded once. UserError for anything else."""
     rows: list[Row] = []
@@ -30,6 +34,8 @@ def open_rows(specifications: Sequence[str], ckpt_dir: str | Path, device: torch
         reference, _, steps = rest.rpartition(":")
         if not (name and reference and steps.isdecimal() and int(steps) > 0):
             raise UserError(f"decoder {specification!r}: expected name:checkpoint reference:steps, as student:my_run:1")
+        if name.startswith(RESERVED):
+            raise UserError(f"decoder {specification!r}: {', '.join(RESERVED)} are other rows; choose another name")
         if name in (row.name for row in rows):
             raise UserError(f"two decoders are called {name!r}; give each its own name")
         if reference not in loaded:

@@ -10,32 +10,63 @@ import torch
 from torch import Tensor, nn
 
 from ssdd.flow import predict_data
-from ssdd.objective import Draws
+from ssdd.objective import Draws, ImageLosses, velocity_and_tokens
+from ssdd.repa import RepaLoss
 from ssdd.tokenizer import SSDD
+
+LATENTS = ("mean", "sample", "noisy")
 
 
 class DistillationObjective(nn.Module):
-    """Terms diffusion (mean squared error to the teacher's image) and lpips (to the same image); trains the decoder.
+    """Mean squared error to the teacher's image, image losses to the same image, REPA to the real one (facts e).
 
     student, teacher: tokenizers with equal encoders; the teacher is frozen here. teacher_steps: its Euler steps.
+    latents: which latent both decode: the posterior's "mean" (paper), a "sample" of it, or "noisy": the mean plus
+    tau * z_std * noise with tau uniform in [0, tau_max), since a generator's latents are not the encoder's means;
+    z_std [c]: deviation of the latents.
     """
 
-    def __init__(self, student: SSDD, teacher: SSDD, teacher_steps: int, perceptual: nn.Module | None = None):
+    def __init__(
+        self,
+        student: SSDD,
+        teacher: SSDD,
+        teacher_steps: int,
+        images: ImageLosses | None = None,
+        repa: RepaLoss | None = None,
+        repa_block: int = 0,
+        latents: str = "mean",
+        tau_max: float = 0.0,
+        z_std: Tensor | None = None,
+    ):
         super().__init__()
-        self.tokenizer = student
-        self.teacher = teacher.requires_grad_(False)
-        self.teacher_steps = teacher_steps
-        self.perceptual = perceptual
-        self.terms = ["diffusion", "lpips"] if perceptual is not None else ["diffusion"]
+        self.tokenizer, self.teacher = student, teacher.requires_grad_(False)
+        self.teacher_steps, self.images = teacher_steps, images or ImageLosses()
+        self.repa, self.repa_block = repa, repa_block
+        self.latents, self.tau_max = latents, tau_max
+        self.register_buffer("z_std", z_std, persistent=False)
+        self.terms = ["diffusion", *self.images.terms, *["repa"] * (repa is not None)]
+
+    @torch.no_grad()
+    def latent(self, x: Tensor, draws: Draws) -> Tensor:
+        """z [B, c, h, w] that teacher and student decode."""
+        posterior = self.teacher.encode(x)
+        if self.latents == "sample":
+            return posterior.sample(noise=draws.z_eps)
+        if self.latents == "noisy":
+            tau = self.tau_max * draws.level.view(-1, 1, 1, 1)
+            return posterior.mode() + tau * self.z_std.view(-1, 1, 1) * draws.z_eps
+        return posterior.mode()
 
     def forward(self, x: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]; only `draws.eps` is used."""
-        with torch.no_grad():
-            z = self.teacher.encode(x).mode()
-            target = self.teacher.decode(z, steps=self.teacher_steps, noise=draws.eps)
+        """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]; no use is made of `draws.t`."""
+        z = self.latent(x, draws)
+        target = self.teacher.decode(z, steps=self.teacher_steps, noise=draws.eps)
         t = torch.ones((), device=x.device)
-        prediction = predict_data(draws.eps, self.tokenizer.decoder(draws.eps, t, z), t)
+        keep = None if self.repa is None else self.repa_block
+        v, tokens = velocity_and_tokens(self.tokenizer, draws.eps, t, z, keep)
+        prediction = predict_data(draws.eps, v, t)
         terms = {"diffusion": (prediction - target).square().mean()}
-        if self.perceptual is not None:
-            terms["lpips"] = self.perceptual(prediction, target).mean()
+        terms |= self.images(prediction, target, draws.eps, t)
+        if self.repa is not None:
+            terms["repa"] = self.repa(tokens, x)
         return terms

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ssdd.layers import GroupNorm
 
+ENCODER_NAME = re.compile(r"f(\d+)c(\d+)")
+
 
 def parse_encoder_name(name: str) -> tuple[int, int]:
     """ "f8c4" -> (8, 4): stride and latent channels. ValueError for anything else."""
-    match = re.fullmatch(r"f(\d+)c(\d+)", name)
+    match = ENCODER_NAME.fullmatch(name)
     stride, channels = (int(n) for n in match.groups()) if match else (0, 0)
     if stride not in (4, 8, 16, 32, 64) or channels < 1:
         raise ValueError(f"encoder {name!r} is not f<stride>c<channels> with stride 4, 8, 16, 32 or 64, such as f8c4")
@@ -27,7 +29,7 @@ PUBLISHED_WIDTH = 64
 """From this width on, group norms and initialisation are the published ones; narrower encoders are ours."""
 
 
-def _groups(width: int) -> int:
+def groups_of(width: int) -> int:
     return 32 if width >= PUBLISHED_WIDTH else max(1, width // 4)
 
 
@@ -114,7 +116,7 @@ class Encoder(nn.Module):
     def __init__(self, stride: int, z_dim: int, width: int = 128):
         super().__init__()
         self.f, self.z_dim, self.width = stride, z_dim, width
-        groups = _groups(width)
+        groups = groups_of(width)
         widths = [width * m for m in [1, 2] + [4] * (int(math.log2(stride)) - 1)]
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
         self.down = nn.ModuleList(

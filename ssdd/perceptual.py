@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS (Zhang et al. 2018) and its form on a network that installs without a download."""
+"""Perceptual distances: LPIPS (Zhang et al. 2018), and its form on networks that need no download."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssdd.engine.features import EfficientNetLite0
+from ssdd.engine.features import LITE0, TimmStages
 from ssdd.engine.weights import find, load_tensors
 
 EPS = 1e-8
@@ -62,27 +62,32 @@ def _load_backbone(slices: nn.Module, weights: dict[str, Tensor]) -> None:
     slices.load_state_dict(state)
 
 
-class Lite0Distance(nn.Module):
-    """LPIPS's form on EfficientNet-Lite0, for machines without its weights; an evaluation figure of its own name.
+class FeatureDistance(nn.Module):
+    """LPIPS's form on the stages of any timm network, without learned heads; for machines without VGG.
 
-    Squared difference of the channel-normalised maps of five stages, averaged over positions and stages: [0, 2].
+    Squared difference of the channel-normalised maps of all stages, averaged over positions and stages: [0, 2].
+    Images below 64 px are enlarged to 64. Weights: EfficientNet-Lite0 from its package, others from
+    `<name>.safetensors` in the search path; UserError if they are missing.
     """
 
-    name = "lite0_distance"
-
-    def __init__(self):
+    def __init__(self, name: str = LITE0):
         super().__init__()
-        self.network = EfficientNetLite0(load_tensors(find("efficientnet_lite0"))).eval().requires_grad_(False)
+        weights = load_tensors(find("efficientnet_lite0" if name == LITE0 else f"timm/{name}"))
+        self.network = TimmStages(name, weights).eval().requires_grad_(False)
 
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
         """Distances [B] of images [B, 3, H, W] in [-1, 1]."""
         return self.distance(self.features(images), self.features(originals))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Maps of five stages, normalised over channels; for several comparisons with the same images."""
-        return [_unit_channels(x) for x in self.network.stages(images)]
+        """Maps of all stages, normalised over channels; for several comparisons with the same images."""
+        return [_unit_channels(x) for x in self.network(images)]
 
     def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """Distances [B] of two results of `features`."""
         stages = [(x - y).square().sum(dim=1).mean(dim=(1, 2)) for x, y in zip(a, b, strict=True)]
         return sum(stages) / len(stages)
+
+    def train(self, mode: bool = True) -> FeatureDistance:
+        """Stays in evaluation mode whatever a surrounding module does."""
+        return super().train(False)

@@ -18,11 +18,13 @@ from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.flow import Velocity, euler, time_grid
 from ssdd.foreign import SD_VAE, KLEncoder, adopt
+from ssdd.kl_decoder import KLDecoder
 from ssdd.latent import DiagonalGaussian
 from ssdd.tiling import Tile, blend, tile_image
 from ssdd.weights import encoder_weights, load_weights, options_of, read_weights
 
 WEIGHTS_NAME = "model.safetensors"
+KL = "kl"
 METADATA_KEY = "ssdd"
 """Every weights file of ours carries the JSON of `SSDD.config` under this key of its safetensors metadata."""
 
@@ -33,7 +35,8 @@ class SSDD(nn.Module):
     encoder: "f8c4" (stride 8, 4 channels), f4..f64 with any channel count, or {"name": "f8c4", "width": 64}; "sdvae" or
         {"name": "diffusers", "path": FOLDER} for a frozen AutoencoderKL (see `ssdd.foreign`); or a frozen module.
         Frozen encoders from elsewhere are neither parameters of the tokenizer nor part of its files.
-    decoder: a size of `ssdd.decoder.DECODER_SIZES`, or a mapping (see `ssdd.decoder.parse_decoder`).
+    decoder: a size of `ssdd.decoder.DECODER_SIZES`, or a mapping (see `ssdd.decoder.parse_decoder`); "kl" or
+        {"size": "kl", "width": 128} is the deterministic decoder of a KL-VAE, as a baseline.
     checkpoint: run name, `run@best`, folder or weights file with both networks; `encoder_checkpoint` the same, or a
         KL-VAE under LDM's or diffusers' names, of which only the encoder is read.
     encoder_train: leave the encoder trainable; otherwise it is frozen. posterior_std: deviation of z that an encoder
@@ -57,14 +60,12 @@ class SSDD(nn.Module):
     ):
         super().__init__()
         network, described = _build_encoder(encoder)
-        size, window = parse_decoder(decoder)
         self.config = {
             "encoder": described,
             "decoder": decoder if isinstance(decoder, str) else dict(decoder),
             "fm_sampler": {"steps": 8, "t_pow_shift": 2.0} | dict(fm_sampler or {}),
         }
         self.f, self.z_dim = network.f, network.z_dim
-        self.side_multiple = math.lcm(self.f, DECODER_STRIDE)
         if isinstance(network, Encoder):
             self.encoder = network
             if encoder_train:
@@ -74,7 +75,10 @@ class SSDD(nn.Module):
             raise UserError(f"the encoder {described} comes with its weights and stays frozen")
         else:
             object.__setattr__(self, "encoder", network)  # not a submodule: no parameters, not in the state dict
-        self.decoder = UViTDecoder(size, self.z_dim, window)
+        self.decoder = _build_decoder(decoder, self.f, self.z_dim)
+        self.deterministic = isinstance(self.decoder, KLDecoder)
+        """Whether decoding takes neither noise nor steps."""
+        self.side_multiple = self.f if self.deterministic else math.lcm(self.f, DECODER_STRIDE)
         self._rows: int | None = None
         self._tiling: tuple[int, int] | None = None
         if checkpoint is not None:
@@ -88,7 +92,10 @@ class SSDD(nn.Module):
     def compile(self, **options: object) -> None:
         """torch.compile the encoder and the decoder's velocity, in place; the state dict stays the same."""
         self.encoder.compile(**options)
-        self.decoder.velocity = torch.compile(self.decoder.velocity, **options)
+        if self.deterministic:
+            self.decoder.compile(**options)
+        else:
+            self.decoder.velocity_and_tokens = torch.compile(self.decoder.velocity_and_tokens, **options)
 
     def check_image_size(self, height: int, width: int) -> None:
         """UserError unless images of these sides can be encoded and decoded: multiples of 8 and of the stride f."""
@@ -134,6 +141,9 @@ class SSDD(nn.Module):
         """
         steps = self.config["fm_sampler"]["steps"] if steps is None else steps
         height, width = z.shape[-2] * self.f, z.shape[-1] * self.f
+        if self.deterministic:
+            y = torch.cat([self.decoder(part) for part in z.split(self._rows or len(z))])
+            return y.clamp(-1, 1) if x0_clamp else y
         if noise is None:
             device = generator.device if generator is not None else z.device
             noise = torch.randn(z.shape[0], 3, height, width, generator=generator, device=device)
@@ -205,6 +215,15 @@ class SSDD(nn.Module):
         model = cls(**config)
         load_weights(model, weights, path, strict)
         return model
+
+
+def _build_decoder(decoder: str | Mapping[str, Any], f: int, z_dim: int) -> nn.Module:
+    """A U-ViT, or for "kl" or {"size": "kl", "width": 128} the decoder of a KL-VAE."""
+    options = {"size": decoder} if isinstance(decoder, str) else dict(decoder)
+    if options.get("size") == KL:
+        return KLDecoder(f, z_dim, options.get("width", 128))
+    size, window = parse_decoder(decoder)
+    return UViTDecoder(size, z_dim, window)
 
 
 def _build_encoder(encoder: str | Mapping[str, Any] | nn.Module) -> tuple[nn.Module, dict[str, Any]]:

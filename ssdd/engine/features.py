@@ -16,6 +16,7 @@ from ssdd.engine.pictures import from_uint8
 from ssdd.engine.weights import find, load_tensors
 
 CLASSIFIER_PREFIX = "classifier:"
+LITE0 = "tf_efficientnet_lite0"
 LITE0_SMALLEST_SIDE = 64  # smaller images leave its last stages less than 2 x 2 positions
 NETWORKS = ("inception", "efficientnet_lite0")
 
@@ -99,7 +100,7 @@ class EfficientNetLite0(nn.Module):
         import timm
 
         with torch.random.fork_rng(devices=[]):
-            self.model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+            self.model = timm.create_model(LITE0, pretrained=False)
         names = list(self.model.state_dict())  # same tensors in the same order, under timm's names
         if len(names) != len(tensors):
             raise UserError(f"the EfficientNet-Lite0 file holds {len(tensors)} tensors instead of {len(names)}")
@@ -113,9 +114,31 @@ class EfficientNetLite0(nn.Module):
         """ImageNet class logits [n, 1000] of uint8 images [n, 3, h, w]."""
         return self.model(_prepare(from_uint8(images)))
 
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of the five resolutions, finest first, of images [n, 3, h, w] in [-1, 1]."""
-        return self.model.forward_intermediates(_prepare(images), intermediates_only=True)
+
+class TimmStages(nn.Module):
+    """Feature maps of the stages of a timm network, finest first, of images [n, 3, h, w] in [-1, 1]."""
+
+    def __init__(self, name: str, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        import timm
+
+        if name == LITE0:
+            self.model, mean, std = EfficientNetLite0(tensors).model, [0.5] * 3, [0.5] * 3
+        else:
+            with torch.random.fork_rng(devices=[]):
+                self.model = timm.create_model(name, pretrained=False)
+            try:
+                self.model.load_state_dict(tensors)
+            except RuntimeError as error:
+                raise UserError(f"the weights of {name} do not fit it: {str(error).splitlines()[1].strip()}") from None
+            config = timm.data.resolve_model_data_config(self.model)
+            mean, std = config["mean"], config["std"]
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        inputs = _prepare((images.float() * 0.5 + 0.5 - self.mean) / self.std)
+        return self.model.forward_intermediates(inputs, intermediates_only=True)
 
 
 def _prepare(images: Tensor) -> Tensor:

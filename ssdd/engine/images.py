@@ -7,6 +7,7 @@ count, process count or where training was resumed. Resizing is that of the pape
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -15,12 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.interrupt import SIGNALS
 from ssdd.engine.noise import seed_of
-from ssdd.engine.pictures import from_uint8
+from ssdd.engine.pictures import from_uint8, to_uint8
 from ssdd.engine.sources import DatasetConfig, ImageSource, open_source, random_state
 
 __all__ = [
-    "DatasetConfig", "ImageDataset", "ImageSource", "eval_batches", "open_source", "steps_per_epoch", "train_batches",
+    "DatasetConfig", "ImageDataset", "ImageSource", "eval_batches", "open_source", "read_split", "steps_per_epoch",
+    "train_batches",
 ]  # fmt: skip
 
 KEPT_BYTES = 256 << 20  # decoded images of a set up to this size stay in memory
@@ -185,6 +188,14 @@ def eval_batches(
             yield from_uint8(pixels[readable]), labels[readable], indices[readable]
 
 
+def read_split(cfg: DatasetConfig, split: str) -> tuple[Tensor, Tensor, int]:
+    """All images of a split as evaluation sees them, uint8 [n, 3, s, s], labels [n], and the number of classes."""
+    dataset = ImageDataset(open_source(cfg, split), cfg, train=False)
+    parts = [(to_uint8(x), labels) for x, labels, _ in eval_batches(dataset, 256, workers=cfg.workers)]
+    images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    return images, labels, len(dataset.source.class_names)
+
+
 def _count_skipped(dataset: ImageDataset, asked: list[Key], indices: Tensor) -> Tensor:
     """Report the asked-for images that another one stands in for; bool [b], true where the image is the one asked."""
     readable = indices == torch.tensor([index for _, index in asked])
@@ -208,12 +219,19 @@ def _read(dataset: ImageDataset, keys: Iterable[list[Key]], workers: int) -> Ite
             sampler=keys,
             num_workers=workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_ignore_stop_signals,
             generator=torch.Generator(),  # its own, so that the global stream stays where it is
         )
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A signal to the whole process group must not end the workers: their owner still checkpoints."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Rows | UserError) -> Rows | UserError:

@@ -52,7 +52,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer, named_parameters: Mapping
     for group in optimizer.param_groups:
         if "weight_sum" not in group:
             continue
-        known = [p for p in group["params"] if "z" in optimizer.state.get(p, {})]
+        known = [p for p in group["params"] if id(p) in names and "z" in optimizer.state.get(p, {})]
         if known:
             z = [optimizer.state[p]["z"] for p in known]
             averages |= zip(

@@ -57,13 +57,12 @@ class SetScores:
 
     def compute(self) -> dict[str, dict[str, Statistics]]:
         """Network name -> set name -> statistics, merged over all processes."""
-        for name in gathered_keys(self._collected):
-            self._sets(name)  # a process without an image of a set takes part in its reduction all the same
-        for statistics in self._collected.values():
-            for collected in statistics:
+        names = gathered_keys(self._collected)
+        for name in names:  # in the same order everywhere, also in a process that has no image of a set
+            for collected in self._sets(name):
                 collected.reduce()
         return {
-            network.name: {name: statistics[i].compute() for name, statistics in self._collected.items()}
+            network.name: {name: self._collected[name][i].compute() for name in names}
             for i, network in enumerate(self.networks)
         }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ssdd.engine.checkpoint import load_tensors as read_safetensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file
 
@@ -110,7 +111,9 @@ def search_path(name: str) -> list[Path]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a state dict in torch format without running any code in it (weights_only)."""
+    """Read a state dict, safetensors or torch format, without running any code in it (weights_only)."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # unpickling raises almost anything on a damaged file
@@ -119,6 +122,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _entry(name: str) -> PretrainedWeights:
+    if name.startswith("timm/"):  # any timm model, under its own name
+        model = name.removeprefix("timm/")
+        url = f"https://huggingface.co/timm/{model}/resolve/main/model.safetensors"
+        return PretrainedWeights(f"{model}.safetensors", url=url)
     if name not in PRETRAINED:
         raise UserError(f"unknown pretrained weights {name!r}: expected one of {', '.join(PRETRAINED)}")
     return PRETRAINED[name]

@@ -14,11 +14,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.utils import broadcast_object_list
+from torch.nn.utils import clip_grad_norm_
 
 from ssdd.config import SSDDConfig
 from ssdd.decoders import Row
-from ssdd.distill import DistillationObjective
 from ssdd.engine import checkpoint
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
@@ -30,10 +30,10 @@ from ssdd.engine.noise import seed_of
 from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
-from ssdd.objective import FlowObjective, step_draws, weighted_sum
-from ssdd.perceptual import Lpips
+from ssdd.objective import step_draws, weighted_sum
+from ssdd.tasks.dry_run import dry_run
 from ssdd.tasks.evaluate import Evaluation
-from ssdd.tokenizer import SSDD
+from ssdd.tasks.networks import build_discriminator, build_objective, build_tokenizer
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
@@ -42,7 +42,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     Exits with status 0 after a checkpoint when SIGTERM or SIGUSR1 arrives. UserError before the first step when data,
     weights, batch size or an earlier checkpoint of the same run do not fit together.
     """
-    training, weights = cfg.training, dict(vars(cfg.losses))
+    if cfg.dry_run:
+        return dry_run(cfg)
+    training = cfg.training
     accelerator = open_accelerator(training.mixed_precision, cfg.deterministic)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     batch_size = cfg.dataset.batch_size
@@ -57,17 +59,24 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
 
     torch.manual_seed(seed_of(cfg.seed, "ssdd.init"))
     network = build_tokenizer(cfg).to(device)
-    objective = build_objective(cfg, network).to(device)
-    network.check_image_size(cfg.dataset.im_size, cfg.dataset.im_size)
-    if cfg.distill_teacher:
-        network.config["fm_sampler"]["steps"] = 1  # what the student is trained for, and decode's default in its file
+    discriminator = build_discriminator(cfg)
+    objective = build_objective(cfg, network, discriminator).to(device)
+    if cfg.distill_teacher or cfg.objective == "direct":
+        network.config["fm_sampler"]["steps"] = 1  # what the decoder is trained for, and decode's default in its file
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    groups = parameter_groups(parameters, network, training.weight_decay)
+    repa = getattr(objective, "repa", None)
+    heads = {} if repa is None else {f"repa_loss.{name}": p for name, p in repa.named_parameters() if p.requires_grad}
+    groups = parameter_groups(parameters | heads, objective, training.weight_decay)
     optimizer = build_optimizer(training.optimizer, groups, training.lr, training.betas)
+    if discriminator is not None:
+        discriminator.to(device)
+        gan_groups = parameter_groups(dict(discriminator.named_parameters()), discriminator, training.weight_decay)
+        gan_optimizer = build_optimizer(training.optimizer, gan_groups, training.lr, training.betas)
     ema = Ema(parameters, cfg.ssdd.ema.decay, min(cfg.ssdd.ema.start_iter, steps // 10))
     evaluation = Evaluation(cfg, accelerator) if training.eval_freq else None
     shown = copy.deepcopy(network) if evaluation else None  # the averaged weights, while they are evaluated
-    window = torch.zeros(len(objective.terms) + 1, device=device)  # sums of terms and gradient norm since the last line
+    logged = [*objective.terms, *["gan_train"] * (discriminator is not None), "grad_norm"]
+    window = torch.zeros(len(logged), device=device)  # their sums since the last line
     bad_step = torch.full((), -1, device=device)  # first step with a non-finite loss or gradient; read when logging
 
     # Resume: the state below is all that a step reads, besides the config.
@@ -75,6 +84,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     last = directory.checkpoints / "last"
     identity = {"tokenizer": network.config, "data": dataset.source.fingerprint(), "seed": cfg.seed}
     identity |= {"batch_size": batch_size, "steps": steps, "optimizer": training.optimizer}
+    identity |= {"objective": type(objective).__name__, "terms": objective.terms}
     if cfg.distill_teacher:
         teacher = checkpoint.resolve(str(cfg.ssdd.checkpoint), cfg.ckpt_dir)
         identity |= {"teacher": sha256_file(teacher), "teacher_steps": cfg.ssdd.fm_sampler.steps}
@@ -85,12 +95,21 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         network.load_state_dict(tensors["model"])
         ema.load({name: tensors["model_ema"][name] for name in parameters}, state["ema"])
         checkpoint.load_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
+        with torch.no_grad():
+            for name, parameter in heads.items():
+                parameter.copy_(tensors["aux"][name])
+        if discriminator is not None:
+            discriminator.load_state_dict(tensors["model_gan"])
+            checkpoint.load_optimizer(gan_optimizer, tensors["optimizer_gan"], state["optimizer_gan"])
         windows = tensors["aux"]["windows"]
         window.copy_(windows[rank] if len(windows) == world else windows.mean(0))
     start = state["step"]
     if cfg.ssdd.compile:
         network.compile()
     model, optimizer = accelerator.prepare(objective, optimizer)
+    if discriminator is not None:
+        adversary, gan_optimizer = accelerator.prepare(discriminator, gan_optimizer)
+        discriminator.requires_grad_(False)  # but in its own step
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
     if accelerator.is_main_process:
@@ -106,12 +125,26 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             "model": network.state_dict(),
             "model_ema": network.state_dict() | ema.tensors(),
             "optimizer": optimizer_tensors,
-            "aux": {"windows": windows},
+            "aux": {"windows": windows, **heads},
         }
         state.update(identity=identity, ema=ema.state(), optimizer=optimizer_values)
+        if discriminator is not None:
+            groups["model_gan"] = discriminator.state_dict()
+            groups["optimizer_gan"], state["optimizer_gan"] = checkpoint.optimizer_tensors(gan_optimizer.optimizer)
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
         checkpoint.save(directory.checkpoints / name, groups, state, network.metadata)
+
+    def discriminator_backward(part: slice) -> torch.Tensor:
+        """Gradients of the discriminator's loss on the images of the last forward pass; the loss, detached."""
+        prediction, x_t, t = objective.images.seen
+        discriminator.requires_grad_(True)
+        with nullcontext() if part.stop == rows else accelerator.no_sync(adversary):
+            with accelerator.autocast():
+                loss = adversary(x[part], prediction, x_t, t)
+            accelerator.backward(cfg.losses.gan_train * loss / training.grad_accumulate)
+        discriminator.requires_grad_(False)
+        return loss.detach()
 
     z_shape = (network.z_dim, cfg.dataset.im_size // network.f, cfg.dataset.im_size // network.f)
     time_args = cfg.ssdd.fm_trainer.t_sampler_args
@@ -134,6 +167,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             lr = learning_rate(training.lr, step, steps, training.warmup_steps, training.lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            weights = weights_at(cfg, step)
+            adversarial = discriminator is not None and step >= cfg.gan.start_iter
+            objective.images.with_adversary = adversarial
 
             # Accumulate gradients; processes exchange them in the last part only.
             size = rows // training.grad_accumulate
@@ -144,18 +180,28 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                         terms = model(x[part], draws.rows(part))
                     loss = weighted_sum(terms, weights) / training.grad_accumulate
                     accelerator.backward(loss)
-                window[:-1] += (
-                    torch.stack([terms[name].detach() for name in objective.terms]) / training.grad_accumulate
-                )
+                if adversarial:
+                    terms["gan_train"] = discriminator_backward(part)
                 finite &= loss.isfinite()
+                for i, name in enumerate(logged[:-1]):
+                    if name in terms:
+                        window[i] += terms[name].detach() / training.grad_accumulate
 
             # Optimise, average.
             norm = accelerator.clip_grad_norm_(parameters.values(), training.grad_clip or math.inf)
+            if heads:
+                clip_grad_norm_(heads.values(), training.grad_clip or math.inf)
             window[-1] += norm
             finite &= norm.isfinite() | (accelerator.scaler is not None)  # a scaler skips steps that overflow
             bad_step = torch.where((bad_step < 0) & ~finite, step + 1, bad_step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if adversarial:
+                for group in gan_optimizer.param_groups:
+                    group["lr"] = lr
+                clip_grad_norm_(discriminator.parameters(), training.grad_clip or math.inf)
+                gan_optimizer.step()
+                gan_optimizer.zero_grad(set_to_none=True)
             ema.update(averaged_weights(optimizer.optimizer, parameters))
             done = step + 1
             state.update(step=done, window_steps=state["window_steps"] + 1)
@@ -175,7 +221,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 now = time.perf_counter()
                 rate = (done - logged_step) * batch_size / (now - logged_at)
                 logged_at, logged_step = now, done
-                state["metrics"] = dict(zip([*objective.terms, "grad_norm"], means, strict=True))
+                state["metrics"] = dict(zip(logged, means, strict=True))
                 values = {**state["metrics"], "lr": lr, "images": done * batch_size, "images_per_s": rate}
                 progress.metrics(done, values)
                 window.zero_()
@@ -184,12 +230,12 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             # Evaluate the averaged weights; the best ones are kept.
             if evaluating:
                 shown.load_state_dict(network.state_dict() | ema.tensors())
-                sampler_steps = 1 if cfg.distill_teacher else cfg.ssdd.fm_sampler.steps
-                scores = evaluation.run([Row("tokenizer", shown, sampler_steps)])["rows"][0]
+                scores = evaluation.run([Row("tokenizer", shown, network.config["fm_sampler"]["steps"])])["rows"][0]
                 metric, value = evaluation.deciding(scores, training.save_on_best)
                 progress.metrics(done, {f"val/{name}": v for name, v in scores.items() if isinstance(v, float)})
                 best = state["best"]
-                if best is None or best["metric"] != metric or value > best["value"]:
+                better = best is None or best["metric"] != metric or value > best["value"]
+                if broadcast_object_list([better])[0]:  # one answer for all processes, to the last bit
                     state["best"] = {"metric": metric, "value": value, "step": done}
                     save("best")
                 logged_at = time.perf_counter()
@@ -222,26 +268,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     return result
 
 
-def build_tokenizer(cfg: SSDDConfig) -> SSDD:
-    """The network that is trained: from `ssdd.checkpoint` where given, with its encoder frozen or not."""
-    return SSDD(
-        encoder={"name": cfg.ssdd.encoder, "width": cfg.ssdd.encoder_width},
-        decoder=cfg.ssdd.decoder,
-        checkpoint=cfg.ssdd.checkpoint,
-        encoder_checkpoint=cfg.ssdd.encoder_checkpoint,
-        encoder_train=cfg.ssdd.encoder_train and not cfg.distill_teacher,
-        posterior_std=cfg.ssdd.posterior_std,
-        fm_sampler=vars(cfg.ssdd.fm_sampler),
-        ckpt_dir=cfg.ckpt_dir,
-    )
-
-
-def build_objective(cfg: SSDDConfig, network: SSDD) -> nn.Module:
-    """Flow matching, or distillation from a frozen copy of the starting weights."""
-    perceptual = Lpips("vgg") if cfg.losses.lpips else None
-    if not cfg.distill_teacher:
-        return FlowObjective(network, vars(cfg.losses), perceptual)
-    if cfg.ssdd.checkpoint is None:
-        raise UserError("distill_teacher=true needs ssdd.checkpoint=<run or file>: the teacher's weights")
-    teacher = copy.deepcopy(network)
-    return DistillationObjective(network, teacher, cfg.ssdd.fm_sampler.steps, perceptual)
+def weights_at(cfg: SSDDConfig, step: int) -> dict[str, float]:
+    """Weight of every loss term at a step: 0 before the term starts."""
+    starts = {**vars(cfg.losses_start), "gan_disc": cfg.gan.start_iter}
+    return {name: weight if step >= starts.get(name, 0) else 0.0 for name, weight in vars(cfg.losses).items()}

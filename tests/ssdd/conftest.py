@@ -20,6 +20,7 @@ ARGUMENTS = [
     "ssdd.compile=false",
     "ssdd.fm_sampler.steps=2",
     "losses.lpips=0",
+    "losses.repa=0",
     "training.eval_freq=0",
     "training.log_freq=1",
     "training.save_every=2",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssdd.distill import DistillationObjective
 from ssdd.flow import interpolate
-from ssdd.objective import Draws
+from ssdd.objective import Draws, ImageLosses
 
 STEPS = 3
 
@@ -25,7 +25,8 @@ class Distance(nn.Module):
 def draws(seed: int = 0, n: int = 3) -> Draws:
     generator = torch.Generator().manual_seed(seed)
     shapes = (n, 3, 16, 16), (n, 2, 2, 2)
-    return Draws(torch.rand(n, generator=generator), *(torch.randn(s, generator=generator) for s in shapes))
+    t, level = torch.rand(2, n, generator=generator)
+    return Draws(t, *(torch.randn(s, generator=generator) for s in shapes), level)
 
 
 def moved(tokenizer):
@@ -42,7 +43,7 @@ def images(n: int = 3) -> Tensor:
 
 def test_both_terms_compare_with_the_image_that_the_teacher_decodes_from_the_same_mean_and_noise(tokenizer):
     student, distance, x, d = moved(tokenizer), Distance(), images(), draws()
-    terms = DistillationObjective(student, tokenizer, STEPS, distance)(x, d)
+    terms = DistillationObjective(student, tokenizer, STEPS, ImageLosses(distance))(x, d)
     z = tokenizer.encode(x).mode()
     target = tokenizer.decode(z, steps=STEPS, noise=d.eps)
     prediction = student.decode(z, steps=1, noise=d.eps)
@@ -56,13 +57,15 @@ def test_neither_the_drawn_times_nor_the_posteriors_noise_matter(tokenizer):
     objective, x, d, other = DistillationObjective(moved(tokenizer), tokenizer, STEPS), images(), draws(), draws(1)
     assert objective.terms == ["diffusion"]
     loss = objective(x, d)["diffusion"]
-    assert torch.equal(loss, objective(x, Draws(other.t, d.eps, other.z_eps))["diffusion"])
-    assert not torch.equal(loss, objective(x, Draws(d.t, other.eps, d.z_eps))["diffusion"])
+    assert torch.equal(loss, objective(x, Draws(other.t, d.eps, other.z_eps, other.level))["diffusion"])
+    assert not torch.equal(loss, objective(x, Draws(d.t, other.eps, d.z_eps, d.level))["diffusion"])
 
 
 def test_the_decoder_of_the_student_alone_learns(tokenizer):
     student = moved(tokenizer)
-    sum(DistillationObjective(student, tokenizer, STEPS, Distance())(images(), draws()).values()).backward()
+    sum(
+        DistillationObjective(student, tokenizer, STEPS, ImageLosses(Distance()))(images(), draws()).values()
+    ).backward()
     assert all(p.grad is None for p in tokenizer.parameters())
     assert all(p.grad is None for p in student.encoder.parameters())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.decoder.parameters())
@@ -73,8 +76,8 @@ def test_the_student_learns_at_the_noise_end_of_time_only(tokenizer):
     times = []
     student.decoder.time_embedding.register_forward_pre_hook(lambda _, args: times.append(args[0].flatten().tolist()))
     inputs = []
-    velocity = student.decoder.velocity
-    student.decoder.velocity = lambda x_t, *rest: inputs.append(x_t) or velocity(x_t, *rest)
+    velocity = student.decoder.velocity_and_tokens
+    student.decoder.velocity_and_tokens = lambda x_t, *rest: inputs.append(x_t) or velocity(x_t, *rest)
     DistillationObjective(student, tokenizer, STEPS)(x, d)
     assert times == [[1.0]]
     assert torch.equal(inputs[0], interpolate(x, d.eps, torch.ones(3)))

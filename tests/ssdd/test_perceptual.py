@@ -13,7 +13,7 @@ from lpips import LPIPS
 from ssdd.engine import weights
 from ssdd.engine.errors import UserError
 from ssdd.engine.pictures import from_uint8
-from ssdd.perceptual import Lite0Distance, Lpips
+from ssdd.perceptual import FeatureDistance, Lpips
 
 
 def test_lpips_equals_the_package_on_the_same_weights(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_the_distance_on_lite0_is_zero_for_equal_images_and_grows_with_noise():
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = images // 8 + 100
     noise = torch.randint(0, 40, images.shape, generator=torch.Generator().manual_seed(1))
-    distance = Lite0Distance()
+    distance = FeatureDistance()
     variants = ((images + share).to(torch.uint8) for share in (0, noise // 8, noise))
     same, little, more = (distance(from_uint8(variant), from_uint8(images)) for variant in variants)
     assert same.abs().max() < 1e-6 and (little < more).all() and (little > 0).all() and (more <= 2).all()

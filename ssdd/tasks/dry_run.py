@@ -1,0 +1,73 @@
+"""What a training run would cost on this machine, measured on a few steps of random images."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssdd.config import SSDDConfig
+from ssdd.engine.images import ImageDataset, open_source, steps_per_epoch
+from ssdd.engine.optim import build_optimizer, parameter_groups
+from ssdd.engine.training import open_accelerator, peak_memory, synchronize
+from ssdd.objective import step_draws, weighted_sum
+from ssdd.tasks.networks import build_discriminator, build_objective, build_tokenizer
+
+TIMED_STEPS = 3
+
+
+def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
+    """Print and return parameters, GFLOP an image, memory, seconds a step and hours in all; nothing is written."""
+    accelerator = open_accelerator(cfg.training.mixed_precision, deterministic=False)
+    device, world = accelerator.device, accelerator.num_processes
+    rows = max(1, cfg.dataset.batch_size // world // cfg.training.grad_accumulate)
+    dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=True)
+    steps = cfg.training.steps or cfg.training.epochs * steps_per_epoch(dataset, cfg.dataset.batch_size)
+    network = build_tokenizer(cfg).to(device)
+    objective = build_objective(cfg, network, build_discriminator(cfg)).to(device)
+    parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(cfg.training.optimizer, parameter_groups(parameters, objective, 0.0), 0.0, (0.9, 0.99))
+    side, latent = cfg.dataset.im_size, (network.z_dim, *(cfg.dataset.im_size // network.f,) * 2)
+    x = torch.rand(rows, 3, side, side, device=device).contiguous(memory_format=torch.channels_last) * 2 - 1
+    draws = step_draws(0, 0, tuple(x.shape), (rows, *latent), device)
+
+    with torch.no_grad(), FlopCounterMode(display=False) as encoding:
+        z = network.encode(x[:1]).mode()
+    with FlopCounterMode(display=False) as decoding:
+        network.decode(z, steps=1)
+    if cfg.ssdd.compile:
+        network.compile()
+    seconds = []
+    for _ in range(TIMED_STEPS + 1):  # the first compiles and chooses kernels
+        synchronize(device)
+        began = time.perf_counter()
+        with accelerator.autocast():
+            loss = weighted_sum(objective(x, draws), vars(cfg.losses))
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    step_seconds = min(seconds[1:]) * cfg.training.grad_accumulate
+    result = {
+        "parameters": {
+            "encoder": sum(p.numel() for p in network.encoder.parameters()),
+            "decoder": sum(p.numel() for p in network.decoder.parameters()),
+            "trained": sum(p.numel() for p in parameters.values()),
+        },
+        "gflop_encode": encoding.get_total_flops() / 1e9,
+        "gflop_decode_step": decoding.get_total_flops() / 1e9,
+        "peak_memory_bytes": peak_memory(device),
+        "seconds_a_step": step_seconds,
+        "steps": steps,
+        "hours": steps * step_seconds / 3600,
+    }
+    if accelerator.is_main_process:
+        counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in result["parameters"].items())
+        print(f"parameters: {counts}")
+        print(f"GFLOP an image: encode {result['gflop_encode']:.1f}, decode step {result['gflop_decode_step']:.1f}")
+        print(f"memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB for {rows} images a process and part")
+        print(f"time: {step_seconds:.3f} s a step, {steps} steps, {result['hours']:.2f} hours without evaluations")
+    return result

@@ -1,0 +1,110 @@
+"""The networks that a training config asks for: tokenizer, objective with its losses, discriminator."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssdd.config import SSDDConfig
+from ssdd.distill import DistillationObjective
+from ssdd.encoder import ENCODER_NAME
+from ssdd.engine.errors import UserError
+from ssdd.engine.images import ImageDataset, eval_batches, open_source
+from ssdd.gan import Discriminator
+from ssdd.objective import AutoencoderObjective, FlowObjective, ImageLosses
+from ssdd.perceptual import FeatureDistance, Lpips
+from ssdd.repa import PatchTokens, RepaLoss
+from ssdd.tokenizer import KL, SSDD
+
+IMAGES_FOR_DEVIATION = 256
+
+
+def encoder_option(cfg: SSDDConfig) -> str | dict[str, Any]:
+    """`ssdd.encoder` as the tokenizer takes it: a stride and channels, sdvae, or the folder of a diffusers VAE."""
+    name = cfg.ssdd.encoder
+    if name == "sdvae" or "/" in name:
+        return name if name == "sdvae" else {"name": "diffusers", "path": name}
+    return {"name": name, "width": cfg.ssdd.encoder_width} if ENCODER_NAME.fullmatch(name) else name
+
+
+def build_tokenizer(cfg: SSDDConfig) -> SSDD:
+    """The network that is trained: from `ssdd.checkpoint` where given, with its encoder frozen or not.
+
+    UserError if images of `dataset.im_size` do not fit it.
+    """
+    decoder = cfg.ssdd.decoder
+    network = SSDD(
+        encoder=encoder_option(cfg),
+        decoder={"size": KL, "width": cfg.ssdd.encoder_width} if decoder == KL else decoder,
+        checkpoint=cfg.ssdd.checkpoint,
+        encoder_checkpoint=cfg.ssdd.encoder_checkpoint,
+        encoder_train=cfg.ssdd.encoder_train and not cfg.distill_teacher,
+        posterior_std=cfg.ssdd.posterior_std,
+        fm_sampler=vars(cfg.ssdd.fm_sampler),
+        ckpt_dir=cfg.ckpt_dir,
+    )
+    network.check_image_size(cfg.dataset.im_size, cfg.dataset.im_size)
+    return network
+
+
+def build_discriminator(cfg: SSDDConfig) -> Discriminator | None:
+    """The adversary, where `losses.gan_disc` asks for one. UserError if the images are too small for it."""
+    if not cfg.losses.gan_disc:
+        return None
+    options = cfg.gan.discriminator
+    if cfg.dataset.im_size < 2 ** (options.n_layers + 1):
+        raise UserError(
+            f"gan.discriminator.n_layers={options.n_layers} needs images of {2 ** (options.n_layers + 1)} px or more"
+        )
+    return Discriminator(options.n_layers, options.trajectory and cfg.ssdd.decoder != KL, options.norm_fn)
+
+
+def build_objective(cfg: SSDDConfig, network: SSDD, discriminator: Discriminator | None) -> nn.Module:
+    """Flow matching, one of its baselines, or distillation from a frozen copy of the starting weights.
+
+    UserError if a loss network's weights are missing, or the options contradict each other.
+    """
+    weights = cfg.losses
+    images = ImageLosses(
+        Lpips("vgg") if weights.lpips else None,
+        FeatureDistance(cfg.aux_losses.features.model) if weights.features else None,
+        discriminator,
+    )
+    if network.deterministic:
+        if cfg.distill_teacher or cfg.objective == "direct":
+            raise UserError("ssdd.decoder=kl decodes in one step already: no distill_teacher, no objective=direct")
+        return AutoencoderObjective(network, images, with_kl=weights.kl != 0)
+    repa, block = None, min(cfg.aux_losses.repa.i_extract, len(network.decoder.mid_block.transformer_blocks) // 2)
+    if weights.repa:
+        grid = (cfg.dataset.im_size // 8,) * 2
+        teacher = PatchTokens(cfg.aux_losses.repa.model, grid)
+        channels = network.decoder.mid_block.proj_in.in_features
+        repa = RepaLoss(channels, teacher, cfg.aux_losses.repa.n_layers)
+    if not cfg.distill_teacher:
+        return FlowObjective(network, images, repa, block, weights.kl != 0, direct=cfg.objective == "direct")
+    if cfg.ssdd.checkpoint is None:
+        raise UserError("distill_teacher=true needs ssdd.checkpoint=<run or file>: the teacher's weights")
+    return DistillationObjective(
+        network,
+        copy.deepcopy(network),
+        cfg.ssdd.fm_sampler.steps,
+        images,
+        repa,
+        block,
+        latents=cfg.distill.z,
+        tau_max=cfg.distill.tau_max,
+        z_std=latent_deviation(cfg, network) if cfg.distill.z == "noisy" else None,
+    )
+
+
+@torch.no_grad()
+def latent_deviation(cfg: SSDDConfig, network: SSDD) -> Tensor:
+    """Deviation [c] of the posterior means of the first training images."""
+    dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=False)
+    x, _, _ = next(eval_batches(dataset, min(len(dataset), IMAGES_FOR_DEVIATION)))
+    device = next(network.decoder.parameters()).device
+    means = torch.cat([network.encode(part.to(device)).mode() for part in x.split(32)])
+    return means.std(dim=(0, 2, 3), correction=0)
