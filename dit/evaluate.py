@@ -42,6 +42,8 @@ class ClassJudge:
     def __init__(self, images: Tensor, labels: Tensor):
         from sklearn.svm import SVC
 
+        if len(labels.unique()) < 2:
+            raise UserError("evaluation.class_accuracy needs a data set of two classes or more; set it to false")
         self.model = SVC(C=10, gamma="scale").fit(self._pixels(images), labels.numpy())
 
     def correct(self, images: Tensor, labels: Tensor) -> list[bool]:

@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the task that the arguments ask for; returns the exit status, 2 for errors that the user can mend."""
     from dit.config import DiTConfig
     from ssdd.engine.config import parse
-    from ssdd.engine.errors import UserError
+    from ssdd.engine.errors import UserError, full_disk
 
     try:
         cfg = parse(
@@ -32,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         run(cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if (told := full_disk(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         return 2
     return 0
 

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from ssdd.config import SSDDConfig
     from ssdd.engine.config import parse
-    from ssdd.engine.errors import UserError
+    from ssdd.engine.errors import UserError, full_disk
 
     try:
         cfg = parse(
@@ -38,6 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         run(cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if (told := full_disk(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         return 2
     return 0
 

@@ -21,7 +21,7 @@ from ssdd.foreign import SD_VAE, KLEncoder, adopt
 from ssdd.kl_decoder import KLDecoder
 from ssdd.latent import DiagonalGaussian
 from ssdd.tiling import Tile, blend, tile_image
-from ssdd.weights import encoder_weights, load_weights, options_of, read_weights
+from ssdd.weights import encoder_weights, license_of, load_weights, options_of, read_weights
 
 WEIGHTS_NAME = "model.safetensors"
 KL = "kl"
@@ -79,14 +79,20 @@ class SSDD(nn.Module):
         self.deterministic = isinstance(self.decoder, KLDecoder)
         """Whether decoding takes neither noise nor steps."""
         self.side_multiple = self.f if self.deterministic else math.lcm(self.f, DECODER_STRIDE)
+        self.license: str | None = None
+        """Of weights that were loaded; saved with what is trained from them."""
         self._rows: int | None = None
         self._tiling: tuple[int, int] | None = None
         if checkpoint is not None:
             path = resolve(str(checkpoint), ckpt_dir)
-            load_weights(self, read_weights(path)[0], path)
+            weights, metadata = read_weights(path)
+            load_weights(self, weights, path)
+            self.license = license_of(weights, metadata, METADATA_KEY in metadata)
         if encoder_checkpoint is not None:
             path = resolve(str(encoder_checkpoint), ckpt_dir)
-            load_weights(self.encoder, encoder_weights(read_weights(path)[0], path), path)
+            weights, metadata = read_weights(path)
+            load_weights(self.encoder, encoder_weights(weights, path), path)
+            self.license = self.license or license_of(weights, metadata, METADATA_KEY in metadata)
         self.to(memory_format=torch.channels_last)
 
     def compile(self, **options: object) -> None:
@@ -191,7 +197,8 @@ class SSDD(nn.Module):
     @property
     def metadata(self) -> dict[str, str]:
         """Metadata that every safetensors file with these weights carries."""
-        return {METADATA_KEY: json.dumps(self.config, sort_keys=True)}
+        told = {} if self.license is None else {"license": self.license}
+        return {METADATA_KEY: json.dumps(self.config, sort_keys=True), **told}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write folder/model.safetensors atomically: weights in the official layout, configuration as metadata."""
@@ -214,6 +221,7 @@ class SSDD(nn.Module):
             raise UserError(f"{path} does not say which networks it holds: pass encoder= and decoder=, as f8c4 and M")
         model = cls(**config)
         load_weights(model, weights, path, strict)
+        model.license = license_of(weights, metadata, METADATA_KEY in metadata)
         return model
 
 

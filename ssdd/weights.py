@@ -110,6 +110,18 @@ def encoder_weights(weights: Mapping[str, Tensor], source: Path) -> Weights:
     return ours
 
 
+OFFICIAL_LICENSE = "CC-BY-NC-4.0"
+
+
+def license_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str], ours: bool) -> str | None:
+    """The licence that a file's weights come under: what it says, or that of the official SSDD weights.
+
+    ours: whether the file carries our configuration; one in the published layout without it counts as official.
+    """
+    official = not ours and any(key.startswith("decoder.ada_ctx_proj.") for key in weights)
+    return metadata.get("license") or (OFFICIAL_LICENSE if official else None)
+
+
 DIFFUSERS_NAMES = (
     (r"down_blocks\.(\d+)\.resnets\.(\d+)\.", r"down.\1.block.\2."),
     (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),

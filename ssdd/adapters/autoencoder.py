@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from ssdd.adapters.noise import Generators, decoder_noise
+from ssdd.engine.checkpoint import SUFFIXES
+from ssdd.engine.errors import UserError
 from ssdd.latent import DiagonalGaussian, LatentNorm
 from ssdd.tokenizer import SSDD
 
 try:
     from diffusers import ConfigMixin, ModelMixin
     from diffusers.configuration_utils import register_to_config
+    from diffusers.utils.accelerate_utils import apply_forward_hook
 except ImportError:
-    from ssdd.adapters.standin import ConfigMixin, ModelMixin, register_to_config
+    from ssdd.adapters.standin import ConfigMixin, ModelMixin, apply_forward_hook, register_to_config
 
 SD_SCALING_FACTOR = 0.18215
 """What DiT, SiT and REPA multiply latents by, written into their code."""
@@ -94,7 +97,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
 
     `config` has these and, as code for AutoencoderKL reads them: latent_channels, block_out_channels (only its length
     means something: the stride is 2 ** (length - 1)), latents_mean = 0 and latents_std = 1 (the public latents are
-    normalised already), shift_factor = 0. UserError as `SSDD`.
+    normalised already), shift_factor = 0. UserError as `SSDD`, and for statistics that are not one number a channel.
     """
 
     config_name = "config.json"
@@ -120,13 +123,18 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
         shift_factor: float = 0.0,
         in_channels: int = 3,
         out_channels: int = 3,
+        sample_size: int | None = None,
         force_upcast: bool = False,
     ):
         super().__init__()
         sampler = {"steps": steps, "t_pow_shift": t_pow_shift}
         self.tokenizer = SSDD(encoder, decoder, checkpoint=checkpoint, fm_sampler=sampler)
         channels, doublings = self.tokenizer.z_dim, self.tokenizer.f.bit_length() - 1
-        self.norm = LatentNorm.of(z_mean or [0.0] * channels, z_std or [1.0] * channels)
+        z_mean = [0.0] * channels if z_mean is None else z_mean
+        z_std = [1.0] * channels if z_std is None else z_std
+        if not len(z_mean) == len(z_std) == channels or min(z_std) <= 0:
+            raise UserError(f"z_mean={z_mean}, z_std={z_std}: expected {channels} numbers each, deviations above 0")
+        self.norm = LatentNorm.of(z_mean, z_std)
         self.register_to_config(
             latent_channels=channels,
             block_out_channels=[128 * min(2**i, 4) for i in range(doublings + 1)],
@@ -147,7 +155,8 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
     ) -> Self:
         """From a tokenizer or a reference to one, and its latent statistics (`z_stats.json`).
 
-        scalar: one mean and deviation for all channels. UserError if the statistics are another encoder's.
+        scalar: one mean and deviation for all channels. The adapter has its own copy of the weights, on the device and
+        in the dtype of the model's. UserError if the statistics are another encoder's.
         """
         model = model if isinstance(model, SSDD) else SSDD.from_pretrained(model, ckpt_dir)
         if isinstance(z_stats, str | Path):
@@ -167,20 +176,21 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
             noise_seed=noise_seed,
         )
         adapter.tokenizer.load_state_dict(model.state_dict())
-        return adapter.eval()
+        return adapter.eval().to(next(model.decoder.parameters()))
 
     @classmethod
     def from_pretrained(cls, reference: str | Path, **options: Any) -> Self:
         """A saved adapter (folder with config.json, or a name on the hub), else an SSDD reference for `from_ssdd`."""
-        folder = Path(reference) / options.get("subfolder", "")
-        on_hub = "/" in str(reference) and not Path(reference).exists()
-        if not ((folder / cls.config_name).is_file() or on_hub):
+        path, subfolder = Path(reference).expanduser(), options.get("subfolder") or ""
+        on_hub = len(path.parts) == 2 and not path.parent.is_dir() and path.suffix not in SUFFIXES
+        if not ((path / subfolder / cls.config_name).is_file() or on_hub):
             return cls.from_ssdd(reference, **options)
-        loaded = super().from_pretrained(reference, **options)
+        loaded = super().from_pretrained(str(path), **options)
         if isinstance(loaded, cls):
             loaded.tokenizer.to(memory_format=torch.channels_last)  # diffusers puts plain tensors into the modules
         return loaded
 
+    @apply_forward_hook
     @torch.no_grad()
     def encode(self, x: Tensor, return_dict: bool = True) -> Output | tuple[NormalisedGaussian]:
         """Image [B, 3, H, W] in [-1, 1] -> `latent_dist`, the posterior of public latents [B, C, H/f, W/f]."""
@@ -188,6 +198,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
         latent_dist = NormalisedGaussian(posterior, self.norm, self.config.scaling_factor, self.dtype)
         return Output(latent_dist=latent_dist) if return_dict else (latent_dist,)
 
+    @apply_forward_hook
     @torch.no_grad()
     def decode(
         self,
@@ -197,12 +208,20 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
         noise: Tensor | None = None,
         steps: int | None = None,
     ) -> Output | tuple[Tensor]:
-        """Public latent [B, C, h, w] -> `sample` [B, 3, h f, w f], about [-1, 1], in the module's dtype."""
+        """Public latent [B, C, h, w] -> `sample` [B, 3, h f, w f], about [-1, 1], in the module's dtype.
+
+        RuntimeError under sequential CPU offload: it fills in weights layer by layer, the decoder reads some by itself.
+        """
+        if self.device.type == "meta":
+            raise RuntimeError(
+                "the decoder's weights are not there: use model CPU offload instead of sequential offload"
+            )
         raw = self.norm.denormalise(z.float() * self.config.scaling_factor)
         if noise is None:
             shape = (len(z), 3, z.shape[-2] * self.tokenizer.f, z.shape[-1] * self.tokenizer.f)
             noise = decoder_noise(shape, self.config.noise_seed, generator)
-        sample = self.tokenizer.decode(raw, steps=steps or self.config.steps, noise=noise).to(self.dtype)
+        steps = self.config.steps if steps is None else steps
+        sample = self.tokenizer.decode(raw, steps=steps, noise=noise).to(self.dtype)
         return Output(sample=sample) if return_dict else (sample,)
 
     def forward(

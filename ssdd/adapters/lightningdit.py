@@ -27,8 +27,9 @@ class LightningDiTTokenizer:
     """Raw latents in and out: LightningDiT normalises them itself, in its data set and before decoding.
 
     config: a YAML file with the key checkpoint (an SSDD reference) and, if wanted, steps (1), noise_seed (0) and
-    img_size (256); or the reference itself, or an `SSDD`. The networks go to the GPU if there is one. UserError for
-    other keys and for references without weights.
+    img_size (256); or the reference itself, or an `SSDD`, which is frozen itself, not copied. The networks go to the
+    GPU if there is one. img_size, steps: instead of the file's. UserError for other keys and references without
+    weights.
     """
 
     def __init__(
@@ -43,11 +44,9 @@ class LightningDiTTokenizer:
         model = checkpoint if isinstance(checkpoint, SSDD) else SSDD.from_pretrained(checkpoint, ckpt_dir)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.img_size, self.steps, self.noise_seed = (
-            img_size or options["img_size"],
-            steps or options["steps"],
-            options["noise_seed"],
-        )
+        self.img_size = options["img_size"] if img_size is None else img_size
+        self.steps = options["steps"] if steps is None else steps
+        self.noise_seed = options["noise_seed"]
         self.downsample_ratio, self.embed_dim = model.f, model.z_dim
 
     def img_transform(self, p_hflip: float = 0, img_size: int | None = None) -> Any:
@@ -95,7 +94,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: no YAML file of a tokenizer ({error})") from None
     if not isinstance(options, dict) or "checkpoint" not in options or set(options) - set(KEYS):
-        raise UserError(
-            f"{path}: expected checkpoint and perhaps {', '.join(set(KEYS) - {'checkpoint'})}; got {options}"
-        )
+        raise UserError(f"{path}: expected checkpoint and perhaps {', '.join(list(KEYS)[1:])}; got {options}")
     return KEYS | options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(ValueError):
     """A wrong argument, file, or environment, found before expensive work starts.
@@ -9,3 +11,13 @@ class UserError(ValueError):
     The message says what was wrong, where, and what to do. Command line entry points print it as ``error: <message>``
     and exit with status 2; any other exception is a defect of this project and keeps its traceback.
     """
+
+
+def full_disk(error: Exception) -> UserError | None:
+    """What to tell the user if `error` means that a disk is full, else None. safetensors has its own error type."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+        where = getattr(error, "filename", None)
+        place = f" at {where}" if where else ""
+        return UserError(f"no space left on the disk{place}; earlier checkpoints are intact: make room, start again")
+    return None

@@ -69,6 +69,8 @@ def test_the_config_reads_as_that_of_an_autoencoder_kl(vae):
     assert vae.config.scaling_factor == vae.config["scaling_factor"] == 0.18215
     assert vae.config.latent_channels == 4 and 2 ** (len(vae.config.block_out_channels) - 1) == 8
     assert vae.config.latents_mean == [0] * 4 and vae.config.latents_std == [1] * 4 and vae.config.shift_factor == 0
+    assert vae.config.sample_size is None and vae.config.force_upcast is False
+    assert vae.config.in_channels == vae.config.out_channels == 3 and "checkpoint" not in vae.config
     assert vae.dtype == torch.float32 and vae.device.type == "cpu"
 
 
@@ -88,7 +90,8 @@ def test_without_noise_an_image_does_not_depend_on_its_batch(vae, images):
 def test_half_precisions_give_their_own_dtype_and_nearly_the_same_images(vae, images, dtype):
     expected = vae(images).sample
     with torch.autocast("cpu", dtype):
-        assert (vae(images).sample - expected).abs().mean() < 0.05
+        cast = vae(images).sample
+    assert cast.dtype == torch.float32 and (cast - expected).abs().mean() < 0.05
     half = vae.to(dtype)
     posterior = half.encode(images.to(dtype)).latent_dist
     decoded = half.decode(posterior.mode()).sample
@@ -113,8 +116,10 @@ def test_a_saved_adapter_comes_back_bit_for_bit(vae, images, tmp_path):
     again = AutoencoderSSDD.from_pretrained(tmp_path)
     assert dict(again.config).items() >= {k: v for k, v in vae.config.items() if not k.startswith("_")}.items()
     assert torch.equal(again(images).sample, vae(images).sample)
-    half = AutoencoderSSDD.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = AutoencoderSSDD.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, subfolder=None)
     assert half.dtype == torch.bfloat16
+    within = AutoencoderSSDD.from_pretrained(tmp_path.parent, subfolder=tmp_path.name)
+    assert torch.equal(within(images).sample, vae(images).sample)
 
 
 def test_it_opens_references_with_the_statistics_of_their_own_encoder_only(tokenizer, norm, vae, images, tmp_path):
@@ -129,8 +134,57 @@ def test_it_opens_references_with_the_statistics_of_their_own_encoder_only(token
     for z_stats in (norm, tmp_path / "z_stats.json"):
         with pytest.raises(UserError, match="another encoder"):
             AutoencoderSSDD.from_ssdd(stranger, z_stats)
-    with pytest.raises(UserError, match="no weights for 'nobody'"):
-        AutoencoderSSDD.from_pretrained("nobody")
+    for missing in ("nobody", str(tmp_path / "nobody"), "folder/nobody.safetensors"):
+        with pytest.raises(UserError, match="no weights for '.*nobody"):
+            AutoencoderSSDD.from_pretrained(missing)
+
+
+def test_an_adapter_has_the_dtype_of_the_model_that_it_is_made_from_and_leaves_that_alone(tokenizer, images):
+    before = {key: tensor.clone() for key, tensor in tokenizer.bfloat16().state_dict().items()}
+    vae = AutoencoderSSDD.from_ssdd(tokenizer)
+    assert vae.dtype == vae(images).sample.dtype == torch.bfloat16
+    vae.float().tokenizer.decoder.conv_in.weight.data.zero_()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tokenizer.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", [{"z_mean": [0.0] * 3}, {"z_std": [1.0] * 5}, {"z_std": [1.0, 1.0, 0.0, 1.0]}])
+def test_statistics_that_do_not_fit_the_channels_are_refused(wrong):
+    with pytest.raises(UserError, match="expected 4 numbers each, deviations above 0"):
+        AutoencoderSSDD({"name": "f8c4", "width": 8}, "XXS", **wrong)
+
+
+def test_no_steps_are_refused(vae):
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        vae.decode(torch.zeros(1, 4, 4, 4), steps=0)
+
+
+def test_a_deterministic_decoder_takes_part(images):
+    vae = AutoencoderSSDD({"name": "f8c4", "width": 8}, {"size": "kl", "width": 32}).eval()
+    p = vae.encode(images[:2]).latent_dist.mode()
+    one, other = (vae.decode(p, generator=generator(seed)).sample for seed in (1, 2))
+    assert one.shape == images[:2].shape and torch.equal(one, other)
+
+
+def test_encoding_and_decoding_run_the_hooks_that_move_models_to_a_device(vae, images):
+    pytest.importorskip("diffusers")
+    hooks = pytest.importorskip("accelerate.hooks")
+    moved = []
+
+    class Mover(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            moved.append(type(module).__name__)
+            return args, kwargs
+
+    hooks.add_hook_to_module(vae, Mover())
+    vae.decode(vae.encode(images).latent_dist.mode())
+    assert moved == ["AutoencoderSSDD"] * 2
+
+
+def test_it_refuses_to_decode_with_weights_that_are_filled_in_layer_by_layer(vae):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(vae, execution_device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="model CPU offload"):
+        vae.decode(torch.zeros(1, 4, 4, 4))
 
 
 def test_the_constructor_alone_makes_one(images):
@@ -147,7 +201,8 @@ def test_it_works_and_saves_the_same_files_without_diffusers(vae, images, tmp_pa
     program = f"""
 import sys
 for name in ("diffusers", "torchvision", "accelerate"): sys.modules[name] = None
-import torch
+import torch, ssdd
+assert not any(name.startswith("ssdd.adapters") for name in sys.modules)
 from ssdd.adapters import AutoencoderSSDD
 vae = AutoencoderSSDD.from_pretrained({str(tmp_path / "with")!r})
 assert vae.config.latent_channels == vae.config["latent_channels"] == 4 and vae.dtype == torch.float32

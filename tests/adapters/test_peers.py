@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ssdd.adapters import LightningDiTTokenizer
+from ssdd.engine.errors import UserError
 
 
 def train_ten_steps(latents) -> None:
@@ -69,6 +70,14 @@ def test_lightningdit(tokenizer, images, tmp_path):
     decoded = tokenizer.decode_to_images(cached)
     assert decoded.shape == (16, 32, 32, 3) and decoded.dtype == np.uint8
     assert np.array_equal(decoded[3:4], tokenizer.decode_to_images(cached[3:4])) and tokenizer.downsample_ratio == 8
+
+
+def test_lightningdit_files_with_other_keys_are_refused(tmp_path):
+    file = tmp_path / "tokenizer.yaml"
+    for text in ("steps: 1", "checkpoint: a\nsize: 256"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="expected checkpoint and perhaps steps, noise_seed, img_size"):
+            LightningDiTTokenizer(file)
 
 
 def test_diffusers_pipeline_runs_saves_and_reloads_elsewhere(vae, tmp_path):

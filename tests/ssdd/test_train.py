@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -76,9 +77,20 @@ def test_bytes_do_not_depend_on_logs_checkpoints_or_evaluations(config, tmp_path
     assert (other / "jobs" / "tokenizer" / "checkpoints" / "best" / "state.json").is_file()
 
 
-@pytest.mark.parametrize("kind", ["train", "distil"])
-def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(config, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "processes"),
+    [
+        ("train", 1),
+        ("distil", 1),
+        pytest.param("gan", 1, marks=pytest.mark.slow),
+        pytest.param("train", 2, marks=pytest.mark.slow),
+        pytest.param("distil", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(config, tmp_path, kind, processes):
     arguments = ["training.steps=12", "ssdd.encoder_train=true"]
+    if kind == "gan":
+        arguments += ["losses.gan_disc=0.5", "gan.start_iter=3", "dataset.im_size=32"]
     if kind == "distil":
         run(config("training.steps=2", "run_name=teacher"))
         teacher = tmp_path / "jobs" / "teacher" / "checkpoints" / "last"
@@ -89,16 +101,17 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(config, tmp_path, 
             "distill_teacher=true",
         ]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert (
-        subprocess.run(command(straight, *arguments), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-        == 0
-    )
-    process = start(command(killed, *arguments))
+    process = start(command(straight, *arguments, processes=processes))
+    assert process.communicate() and process.returncode == 0
+    process = start(command(killed, *arguments, processes=processes))
     wait_for_step(process, 7)  # schedule-free RAdam moves the weights from its fifth step on
-    process.send_signal(signal.SIGKILL)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
     process.wait()
     assert not (killed / "jobs" / "tokenizer" / "task_result.json").exists()
-    process = start(command(killed, *arguments))
+    process = start(command(killed, *arguments, processes=processes))
     assert process.communicate() and process.returncode == 0
     assert checkpoint_bytes(killed) == checkpoint_bytes(straight)
     steps = [line["step"] for line in RunDirectory(killed, "tokenizer").read_metrics()]

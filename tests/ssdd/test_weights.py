@@ -134,6 +134,18 @@ def test_what_fits_is_loaded_when_asked_for_and_the_rest_is_told(tokenizer, tmp_
     assert "decoder.conv_out.bias is (4,) instead of (3,)" in caplog.text
 
 
+def test_what_comes_from_official_files_keeps_their_licence(tokenizer, tmp_path):
+    save_file(
+        {key: value.contiguous() for key, value in tokenizer.state_dict().items()}, tmp_path / "official.safetensors"
+    )
+    model = SSDD.from_pretrained(tmp_path / "official.safetensors")
+    model.save_pretrained(tmp_path)
+    derived = SSDD({"name": "f8c2", "width": 8}, "XS", encoder_checkpoint=tmp_path)
+    assert model.license == derived.license == SSDD.from_pretrained(tmp_path).license == "CC-BY-NC-4.0"
+    assert derived.metadata["license"] == "CC-BY-NC-4.0"
+    assert tokenizer.license is None and "license" not in tokenizer.metadata
+
+
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     class Code:
         def __reduce__(self):
