@@ -173,6 +173,10 @@ class DistillConfig:
 
     z: str = field(default="mean", metadata={"choices": LATENTS})
     """Latent to decode: the posterior's mean, a sample, or noisy: the mean plus up to tau_max deviations of noise."""
+    targets: str = field(default="online", metadata={"choices": ("online", "cache")})
+    """The teacher's images: drawn anew at every step, or stored once below ckpt_dir/cache (fixed crops, z=mean)."""
+    noises: int = 1
+    """Stored teacher images of an image, each from its own noise; epochs take them in turn."""
     tau_max: float = 0.3
     """Largest noise of distill.z=noisy, in deviations of the latents over the first 256 training images."""
 

@@ -46,6 +46,11 @@ class DistillationObjective(nn.Module):
         self.register_buffer("z_std", z_std, persistent=False)
         self.terms = ["diffusion", *self.images.terms, *["repa"] * (repa is not None)]
 
+    def decoded(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """z, and the teacher's image of it from the noise `draws.eps`."""
+        z = self.latent(x, draws)
+        return z, self.teacher.decode(z, steps=self.teacher_steps, noise=draws.eps)
+
     @torch.no_grad()
     def latent(self, x: Tensor, draws: Draws) -> Tensor:
         """z [B, c, h, w] that teacher and student decode."""
@@ -57,10 +62,12 @@ class DistillationObjective(nn.Module):
             return posterior.mode() + tau * self.z_std.view(-1, 1, 1) * draws.z_eps
         return posterior.mode()
 
-    def forward(self, x: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]; no use is made of `draws.t`."""
-        z = self.latent(x, draws)
-        target = self.teacher.decode(z, steps=self.teacher_steps, noise=draws.eps)
+    def forward(self, x: Tensor, draws: Draws, stored: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+        """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]; no use is made of `draws.t`.
+
+        stored: latents and teacher images made earlier from the same images and `draws.eps`.
+        """
+        z, target = self.decoded(x, draws) if stored is None else stored
         t = torch.ones((), device=x.device)
         keep = None if self.repa is None else self.repa_block
         v, tokens = velocity_and_tokens(self.tokenizer, draws.eps, t, z, keep)

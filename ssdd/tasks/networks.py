@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssdd.config import SSDDConfig
@@ -17,6 +19,7 @@ from ssdd.gan import Discriminator
 from ssdd.objective import AutoencoderObjective, FlowObjective, ImageLosses
 from ssdd.perceptual import FeatureDistance, Lpips
 from ssdd.repa import PatchTokens, RepaLoss
+from ssdd.targets import TargetStore
 from ssdd.tokenizer import KL, SSDD
 
 IMAGES_FOR_DEVIATION = 256
@@ -108,3 +111,18 @@ def latent_deviation(cfg: SSDDConfig, network: SSDD) -> Tensor:
     device = next(network.decoder.parameters()).device
     means = torch.cat([network.encode(part.to(device)).mode() for part in x.split(32)])
     return means.std(dim=(0, 2, 3), correction=0)
+
+
+def build_targets(
+    cfg: SSDDConfig, objective: DistillationObjective, dataset: ImageDataset, teacher: str, accelerator: Accelerator
+) -> TargetStore:
+    """The stored targets of a distillation, complete. teacher: the checksum of its weights. UserError for other z."""
+    if cfg.distill.z != "mean":
+        raise UserError(f"distill.targets=cache stores the posterior's mean: not for distill.z={cfg.distill.z}")
+    steps, sampler = cfg.ssdd.fm_sampler.steps, vars(cfg.ssdd.fm_sampler)
+    identity = {"teacher": teacher, "sampler": sampler, "data": dataset.source.fingerprint()}
+    identity |= {"im_size": cfg.dataset.im_size, "crop": cfg.dataset.crop}
+    store = TargetStore(Path(cfg.ckpt_dir) / "cache", identity, len(dataset), cfg.distill.noises, cfg.seed)
+    store.build(dataset, objective.teacher, steps, accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    return store

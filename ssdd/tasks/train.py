@@ -33,7 +33,7 @@ from ssdd.engine.training import check_finite, check_identity, open_accelerator,
 from ssdd.objective import step_draws, weighted_sum
 from ssdd.tasks.dry_run import dry_run
 from ssdd.tasks.evaluate import Evaluation
-from ssdd.tasks.networks import build_discriminator, build_objective, build_tokenizer
+from ssdd.tasks.networks import build_discriminator, build_objective, build_targets, build_tokenizer
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
@@ -50,7 +50,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     batch_size = cfg.dataset.batch_size
     rows = rows_a_process("dataset.batch_size", batch_size, world, training.grad_accumulate)
 
-    dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=True, seed=cfg.seed)
+    stored = cfg.distill_teacher and cfg.distill.targets == "cache"  # then every epoch sees the same crops
+    dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=not stored, seed=cfg.seed)
     epoch_steps = steps_per_epoch(dataset, batch_size)
     steps = training.epochs * epoch_steps if training.steps is None else training.steps
     for key, value in (("steps", steps), ("log_freq", training.log_freq), ("save_every", training.save_every)):
@@ -88,6 +89,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     if cfg.distill_teacher:
         teacher = checkpoint.resolve(str(cfg.ssdd.checkpoint), cfg.ckpt_dir)
         identity |= {"teacher": sha256_file(teacher), "teacher_steps": cfg.ssdd.fm_sampler.steps}
+    if stored:
+        targets = build_targets(cfg, objective, dataset, identity["teacher"], accelerator)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "window_steps": 0, "metrics": {}, "best": None}
     if checkpoint.exists(last):
         tensors, state = checkpoint.load(last)
@@ -160,10 +163,14 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     with StopRequest() as stop, progress:
         for step in range(start, steps):
             # Data and draws of this step.
-            x = next(batches)[0].to(device, non_blocking=True, memory_format=torch.channels_last)  # [b, 3, H, W]
+            x, _, indices, epoch = next(batches)
+            x = x.to(device, non_blocking=True, memory_format=torch.channels_last)  # [b, 3, H, W]
             shapes = (batch_size, *x.shape[1:]), (batch_size, *z_shape)
             draws = step_draws(cfg.seed, step, *shapes, device, time_args.t_mean, time_args.t_std)
             draws = draws.rows(slice(rank * rows, (rank + 1) * rows))
+            if stored:
+                draws.eps = targets.noise(indices, epoch, tuple(x.shape[1:])).to(device)
+                z, images = (tensor.to(device) for tensor in targets.gather(indices, epoch))
             lr = learning_rate(training.lr, step, steps, training.warmup_steps, training.lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -177,7 +184,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             for part in (slice(first, first + size) for first in range(0, rows, size)):
                 with nullcontext() if part.stop == rows else accelerator.no_sync(model):
                     with accelerator.autocast():
-                        terms = model(x[part], draws.rows(part))
+                        given = [(z[part], images[part])] if stored else []
+                        terms = model(x[part], draws.rows(part), *given)
                     loss = weighted_sum(terms, weights) / training.grad_accumulate
                     accelerator.backward(loss)
                 if adversarial:
@@ -210,8 +218,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             # Log: the only place besides checkpoints and evaluations that waits for the device.
             stopping = stop.agreed()
             ended = done == steps
-            epoch = done // epoch_steps if done % epoch_steps == 0 else None
-            evaluating = evaluation is not None and (ended or (epoch is not None and epoch % training.eval_freq == 0))
+            whole_epochs = done // epoch_steps if done % epoch_steps == 0 else None
+            due = whole_epochs is not None and whole_epochs % training.eval_freq == 0 if evaluation else False
+            evaluating = evaluation is not None and (ended or due)
             logging = done == 1 or done % training.log_freq == 0 or ended
             saving = stopping or ended or done % training.save_every == 0 or evaluating
             if logging or saving:

@@ -30,9 +30,8 @@ def meta_names(weights):
     for i in range(12):
         layer, block = f"encoder.layer.{i}.", f"blocks.{i}."
         for p in ("weight", "bias"):
-            qkv = [weights[f"{layer}attention.attention.{n}.{p}"] for n in ("query", "key", "value")]
-            found[f"{block}attn.qkv.{p}"] = torch.cat(qkv)
-            found[f"{block}attn.proj.{p}"] = weights[f"{layer}attention.output.dense.{p}"]
+            found[f"{block}attn.qkv.{p}"] = torch.cat([weights[f"{layer}attention.{n}_proj.{p}"] for n in "qkv"])
+            found[f"{block}attn.proj.{p}"] = weights[f"{layer}attention.o_proj.{p}"]
             for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
                 found[f"{block}{name}.{p}"] = weights[f"{layer}{name}.{p}"]
         for n in (1, 2):
