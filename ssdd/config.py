@@ -233,6 +233,8 @@ class EvaluationConfig:
     """Images decoded together."""
     resamples: int = 200
     """Bootstrap resamples of the KID intervals."""
+    noise_draws: int = 0
+    """Draws of noise for noise_r2: how well a row follows what the noise does to the first row's images; 0: not."""
 
 
 @dataclass

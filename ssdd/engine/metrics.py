@@ -17,6 +17,18 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
     return 10 * torch.log10(255**2 / error)
 
 
+def fine_power(images: Tensor) -> Tensor:
+    """Power of uint8 images [n, C, H, W] above a quarter of a cycle a pixel, float64 [n], in grey levels squared.
+
+    The mean over channels and the discrete frequencies with max(|fx|, |fy|) > 1/4. A reconstruction with less of it
+    than its original is blurred, one with more is noisy.
+    """
+    spectrum = torch.fft.fft2(images.double(), norm="ortho").abs().square()
+    fy, fx = (torch.fft.fftfreq(side, device=images.device).abs() for side in images.shape[2:])
+    fine = torch.maximum(fy[:, None], fx[None]) > 0.25
+    return spectrum[..., fine].mean(dim=(1, 2))
+
+
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
     """Structural similarity, float64 [n], of uint8 images [n, C, H, W], the mean over positions and channels.
 

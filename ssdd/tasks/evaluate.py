@@ -17,12 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ssdd.agreement import noise_agreement
 from ssdd.baselines import PixelPCA, slight_blur
 from ssdd.config import SSDDConfig
 from ssdd.decoders import Row, open_rows
 from ssdd.engine.errors import UserError
 from ssdd.engine.images import ImageDataset, eval_batches, open_source, read_split
-from ssdd.engine.metrics import psnr, ssim
+from ssdd.engine.metrics import fine_power, psnr, ssim
 from ssdd.engine.noise import indexed_noise
 from ssdd.engine.pictures import from_uint8, grid, save_png, to_uint8
 from ssdd.engine.run import RunDirectory
@@ -33,6 +34,7 @@ from ssdd.perceptual import FeatureDistance, Lpips
 from ssdd.tokenizer import SSDD
 
 ORIGINALS, REALS = "originals", "reals"
+AGREEMENT_IMAGES = 32
 HIGHER_IS_BETTER = ("PSNR", "SSIM")
 log = logging.getLogger(__name__)
 
@@ -59,14 +61,15 @@ class Evaluation:
     def run(self, rows: Sequence[Row], baselines: bool = False, reals: bool = False) -> dict[str, Any]:
         """Reconstruct the validation images with every row and score them.
 
-        Returns {"count", "rows": [{name, steps, PSNR, SSIM, MSE, MAE, perceptual distances, images_per_s, distances:
+        Returns {"count", "rows": [{name, steps, PSNR, SSIM, MSE, MAE, perceptual distances, power_ratio (of frequencies
+        above 1/4 cycle a pixel, to the originals'), images_per_s, distances:
         {network: scores}}], "floor": {network: scores}, "paired": {network: KID differences}, "pictures": name ->
         uint8 images}. Frechet distances are to the originals (rFID); with `reals`, KID, precision and recall are to as
         many training images, and the floor has what the originals themselves score against those.
         """
         scores, values, seconds = SetScores(self.networks), defaultdict(dict), defaultdict(float)
         pictures: dict[str, Tensor] = {}
-        decoded = 0
+        decoded, fine = 0, {}
         pca = self._pca(rows[0].tokenizer) if baselines else None
         for x, _, indices in self._batches(self.dataset):
             originals = to_uint8(x)
@@ -87,6 +90,7 @@ class Evaluation:
                 images[f"PCA-{pca.pca.n_components_}"] = pca.decode(pca.encode(originals.cpu())).to(self.device)
                 images["blur"] = slight_blur(originals)
             features = {name: network.features(x) for name, network in self.perceptual.items()}
+            fine |= dict(zip(indices.tolist(), fine_power(originals).tolist(), strict=True))
             for name, batch in images.items():
                 scores.update(name, batch, indices)
                 if name != ORIGINALS:
@@ -98,7 +102,11 @@ class Evaluation:
             training = ImageDataset(open_source(as_many, "train"), as_many, train=False)
             for x, _, indices in self._batches(training):
                 scores.update(REALS, to_uint8(x), indices)
-        result = self._summarise(scores, self._merge(values), rows, reals)
+        means = self._merge(values)
+        fine = {i: power for part in gather_object([fine]) for i, power in part.items()}
+        for row in means.values():
+            row["power_ratio"] = row.pop("fine_power") / max(sum(fine[i] for i in sorted(fine)) / len(fine), 1e-12)
+        result = self._summarise(scores, means, rows, reals)
         for row in result["rows"]:
             if seconds[row["name"]]:
                 row["images_per_s"] = decoded / seconds[row["name"]] * self.accelerator.num_processes
@@ -132,6 +140,7 @@ class Evaluation:
             "SSIM": ssim(images, originals),
             "MSE": 1000 * difference.square().mean(dim=(1, 2, 3)),
             "MAE": difference.abs().mean(dim=(1, 2, 3)),
+            "fine_power": fine_power(images),
         }
         for name, network in self.perceptual.items():
             columns[name] = network.distance(network.features(from_uint8(images)), features[name])
@@ -196,6 +205,11 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         row.tokenizer.check_image_size(cfg.dataset.im_size, cfg.dataset.im_size)
     evaluation = Evaluation(cfg, accelerator)
     result = evaluation.run(rows, baselines=cfg.evaluation.baselines, reals=True)
+    if cfg.evaluation.noise_draws:
+        x = torch.stack([evaluation.dataset[i][0] for i in range(min(AGREEMENT_IMAGES, len(evaluation.dataset)))])
+        x = from_uint8(x).to(accelerator.device)
+        for row, scores in zip(rows, result["rows"], strict=False):
+            scores["noise_r2"] = noise_agreement(row, rows[0], x, cfg.evaluation.noise_draws, cfg.seed)
     pictures = result.pop("pictures")
     directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
     if accelerator.is_main_process:

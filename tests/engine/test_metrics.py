@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssdd.engine.metrics import psnr, ssim
+from ssdd.engine.metrics import fine_power, psnr, ssim
 
 
 def random_images(seed, n=2, size=(12, 15)):
@@ -62,3 +62,16 @@ def test_floats_and_unequal_shapes_are_refused():
         psnr(a, a[:1])
     with pytest.raises(ValueError, match="7 px"):
         ssim(a[..., :6], a[..., :6])
+
+
+def test_fine_power_is_that_of_frequencies_above_a_quarter_cycle_a_pixel():
+    def wave(cycles: float) -> torch.Tensor:
+        """Columns of a cosine of amplitude 100 around 128."""
+        row = 128 + 100 * torch.cos(2 * torch.pi * cycles * torch.arange(32))
+        return row.round().to(torch.uint8).expand(1, 3, 32, 32)
+
+    assert fine_power(wave(0.125)).item() < 1  # rounding alone
+    fast = fine_power(wave(0.375)).item()
+    frequencies = torch.fft.fftfreq(32).abs() > 0.25
+    bins = (frequencies[:, None] | frequencies[None]).sum().item()
+    assert fast == pytest.approx(100**2 / 2 * 32 * 32 / bins, rel=0.01)  # Parseval: all its power is there

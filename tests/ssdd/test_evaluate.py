@@ -29,7 +29,8 @@ def test_figures_do_not_depend_on_batch_size_and_equal_decoders_score_equally(tr
         assert a["distances"]["efficientnet_lite0"]["kid"] == pytest.approx(
             b["distances"]["efficientnet_lite0"]["kid"], rel=1e-4
         )
-    two, again, one, pca, _ = large["rows"]
+    two, again, one, pca, blur = large["rows"]
+    assert blur["power_ratio"] < 0.9 and two["power_ratio"] == again["power_ratio"]
     assert two["PSNR"] == again["PSNR"] != one["PSNR"]
     assert large["paired"]["efficientnet_lite0"]["two - again"] == {"kid": 0.0, "low": 0.0, "high": 0.0}
     assert pca["PSNR"] > one["PSNR"] and pca["distances"]["efficientnet_lite0"]["kid"] < 1e3
@@ -39,8 +40,10 @@ def test_figures_do_not_depend_on_batch_size_and_equal_decoders_score_equally(tr
 
 
 def test_step_counts_of_one_checkpoint_are_rows(trained):
-    cfg = trained("task=eval", "run_name=eval", "ssdd.checkpoint=tokenizer", "evaluation.steps=[1,3]")
-    assert [(row["name"], row["steps"]) for row in run(cfg)["rows"]] == [("steps-1", 1), ("steps-3", 3)]
+    steps = ("ssdd.checkpoint=tokenizer", "evaluation.steps=[1,3]", "evaluation.noise_draws=2")
+    rows = run(trained("task=eval", "run_name=eval", *steps))["rows"]
+    assert [(row["name"], row["steps"]) for row in rows] == [("steps-1", 1), ("steps-3", 3)]
+    assert rows[0]["noise_r2"] == 1 > rows[1]["noise_r2"]
 
 
 def test_nothing_to_evaluate_and_unknown_runs_are_errors(config):

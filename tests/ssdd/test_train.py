@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ssdd import SSDD
 from ssdd.engine.errors import UserError
+from ssdd.engine.files import read_json
 from ssdd.engine.run import RunDirectory
 from ssdd.tasks.train import run
 from tests.ssdd.conftest import ARGUMENTS
@@ -140,6 +141,34 @@ def test_one_and_two_processes_compute_the_same_losses(tmp_path):
     for one, two in zip(*rows, strict=True):
         for value in ("diffusion", "kl", "grad_norm"):
             assert one[value] == pytest.approx(two[value], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one_for_twenty_steps_and_evaluate_alike(tmp_path):
+    losses, figures = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        arguments = ["training.steps=20", "ssdd.encoder_train=true", "training.optimizer=adamw", "training.lr=1e-3"]
+        evaluation = ["task=eval", "run_name=eval", f"evaluation.decoders=[a:{tmp_path}/1/jobs/tokenizer:2]"]
+        evaluation += ["evaluation.features=[efficientnet_lite0]", "evaluation.baselines=true", "dataset.limit=33"]
+        for argv in (
+            command(folder, *arguments, processes=processes),
+            command(folder, *evaluation, processes=processes),
+        ):
+            process = start(argv)
+            output = process.communicate()[0]
+            assert process.returncode == 0, output
+        losses.append([line["diffusion"] for line in RunDirectory(folder, "tokenizer").read_metrics()])
+        figures.append(read_json(folder / "jobs" / "eval" / "task_result.json"))
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    assert losses[0][19] == pytest.approx(losses[1][19], rel=1e-3)
+    one, two = figures
+    assert one["count"] == two["count"] == 33
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        for name in ("PSNR", "SSIM", "MSE", "MAE", "lite0_distance"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5)
+        for name, value in a["distances"]["efficientnet_lite0"].items():
+            assert value == pytest.approx(b["distances"]["efficientnet_lite0"][name], rel=1e-5, abs=1e-7)
 
 
 def test_distillation_changes_the_decoder_only(config, tmp_path):

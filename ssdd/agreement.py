@@ -1,0 +1,30 @@
+"""Whether a student does with the noise what its teacher does, or averages it away."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssdd.decoders import Row
+from ssdd.engine.errors import UserError
+from ssdd.engine.noise import indexed_noise
+
+
+@torch.no_grad()
+def noise_agreement(row: Row, reference: Row, x: Tensor, draws: int, seed: int) -> float:
+    """R2 of the images of `row` as predictions of the images of `reference`, over noise at fixed latents.
+
+    1 - sum (row - reference)^2 / sum (reference - its mean over the noise)^2, over `draws` draws of noise for each
+    image x [B, 3, H, W] in [-1, 1], the same for both. 1: equal; 0: as good as the reference's mean image; nan for a
+    reference that does not depend on the noise. UserError below two draws.
+    """
+    if draws < 2:
+        raise UserError(f"evaluation.noise_draws={draws} has no spread; take two or more, or 0 to leave it out")
+    z, own = reference.tokenizer.encode(x).mode(), row.tokenizer.encode(x).mode()
+    errors, images = 0.0, []
+    for draw in range(draws):
+        noise = indexed_noise(range(draw * len(x), (draw + 1) * len(x)), x.shape[1:], seed, "agreement").to(x.device)
+        images.append(reference.tokenizer.decode(z, steps=reference.steps, noise=noise).double())
+        errors += (row.tokenizer.decode(own, steps=row.steps, noise=noise).double() - images[-1]).square().sum().item()
+    spread = torch.stack(images).var(dim=0, correction=0).sum().item() * draws
+    return 1 - errors / spread if spread > 0 else float("nan")
