@@ -239,12 +239,17 @@ class UViTDecoder(nn.Module):
     def condition(self, z: Tensor, height: int, width: int) -> Condition:
         """The part of a decode to height x width pixels that depends on z [B, z_dim, h, w] alone.
 
-        ValueError if the sides are not multiples of 8 or z has the wrong number of channels.
+        ValueError if the sides are not multiples of 8 or z has the wrong number of channels. RuntimeError under
+        sequential offloading, which fills in weights layer by layer, while this reads halves of `conv_in` by itself.
         """
         if height % DECODER_STRIDE or width % DECODER_STRIDE:
             raise ValueError(f"the decoder works on sides that are multiples of {DECODER_STRIDE}, got {height}x{width}")
         if z.shape[1] != self.z_dim:
             raise ValueError(f"the decoder takes latents of {self.z_dim} channels, got {z.shape[1]}")
+        if self.conv_in.weight.device.type == "meta" and z.device.type != "meta":
+            raise RuntimeError(
+                "the decoder's weights are not there: offloading must move the decoder as a whole, not layer by layer"
+            )
         z = z.to(self.conv_in.weight.dtype)
         ctx = self.ada_ctx_proj(z)
         z_pixels = F.interpolate(z, size=(height, width), mode="nearest")

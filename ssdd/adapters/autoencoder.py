@@ -208,14 +208,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
         noise: Tensor | None = None,
         steps: int | None = None,
     ) -> Output | tuple[Tensor]:
-        """Public latent [B, C, h, w] -> `sample` [B, 3, h f, w f], about [-1, 1], in the module's dtype.
-
-        RuntimeError under sequential CPU offload: it fills in weights layer by layer, the decoder reads some by itself.
-        """
-        if self.device.type == "meta":
-            raise RuntimeError(
-                "the decoder's weights are not there: use model CPU offload instead of sequential offload"
-            )
+        """Public latent [B, C, h, w] -> `sample` [B, 3, h f, w f], about [-1, 1], in the module's dtype."""
         raw = self.norm.denormalise(z.float() * self.config.scaling_factor)
         if noise is None:
             shape = (len(z), 3, z.shape[-2] * self.tokenizer.f, z.shape[-1] * self.tokenizer.f)

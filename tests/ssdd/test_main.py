@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ssdd.config import SSDDConfig
+from ssdd.engine.config import available, parse
 from ssdd.main import main
 from tests.ssdd.conftest import ARGUMENTS
 
@@ -44,3 +46,14 @@ def test_a_mistake_is_one_line_that_names_it(arguments, named, tmp_path, capsys)
     error = capsys.readouterr().err
     line = error.splitlines()[-1]
     assert line.startswith("error: ") and named in line and "Traceback" not in error
+
+
+@pytest.mark.parametrize("preset", available("presets"))
+def test_every_preset_reads(preset, tmp_path):
+    cfg = parse(SSDDConfig, [f"preset={preset}"], program="ssdd", description="")
+    assert cfg != SSDDConfig()
+
+
+def test_blocks_add_to_presets():
+    cfg = parse(SSDDConfig, ["preset=ssdd/sdvae", "+blocks=gan", "losses.lpips=0"], program="ssdd", description="")
+    assert cfg.ssdd.encoder == "sdvae" and cfg.losses.gan_disc == 0.5 and cfg.gan.start_iter == 50_000

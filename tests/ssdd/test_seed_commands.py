@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -82,3 +85,15 @@ def test_every_stage_evaluation_and_statistics_of_the_published_readme(photograp
         assert row["steps"] == steps and row["PSNR"] > 5
     run("task=z_stats run_name=stats ssdd.compile=false ssdd.encoder_checkpoint=train_enc_f8c4")
     assert set(read_json(tmp_path / "runs" / "jobs" / "stats" / "task_result.json")) == {"z_mean", "z_std"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate launch --cpu --num_processes 1", "torchrun --standalone", "python"])
+def test_every_launcher_runs_the_program_by_its_path(launcher, photographs, tmp_path):
+    script = Path(__file__).resolve().parents[2] / "ssdd" / "main.py"
+    command = f"{launcher} {script} run_name=run training.steps=2 {SMALL} losses.lpips=0 losses.repa=0"
+    arguments = [*shlex.split(command), f"dataset.imagenet_root={photographs}", f"ckpt_dir={tmp_path}"]
+    arguments[0] = str(Path(sys.executable).parent / arguments[0])
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert RunDirectory(tmp_path, "run").result.is_file()
