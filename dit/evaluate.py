@@ -88,7 +88,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     own = torch.arange(accelerator.process_index, len(z_n), accelerator.num_processes)
     columns = min(SHOWN_A_CLASS, int(labels.unique(return_counts=True)[1].min()))
     per_class = _first_of_each_class(labels, columns)
-    for indices in own.split(cfg.evaluation.batch_size):
+    for indices in own.split(cfg.evaluation.batch_size) if len(own) else ():
         pixels: dict[str, Tensor] = {}
         for row in rows:
             z = norms[row.name].denormalise(z_n[indices].to(device))

@@ -7,7 +7,7 @@ blocks only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -219,6 +219,7 @@ class UViTDecoder(nn.Module):
             self.up_blocks.append(UpBlock(resnets, i < len(levels) - 1, channels))
         self.conv_norm_out = GroupNorm(groups, levels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(levels[0], 3, 3, padding=1)
+        self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
         self.initialise(size.init_std)
 
     def initialise(self, std: float | None) -> None:
@@ -235,6 +236,16 @@ class UViTDecoder(nn.Module):
                 nn.init.zeros_(module.conv2.weight)
             elif isinstance(module, FeedForward):
                 nn.init.zeros_(module.proj_out.weight)
+
+    def compile(self, **options: object) -> None:
+        """torch.compile what runs at every step, in place."""
+        self._compiled = torch.compile(self._velocity_and_tokens, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_compiled": None,
+        }  # a copy's would run these weights
 
     def condition(self, z: Tensor, height: int, width: int) -> Condition:
         """The part of a decode to height x width pixels that depends on z [B, z_dim, h, w] alone.
@@ -274,6 +285,11 @@ class UViTDecoder(nn.Module):
         self, x_t: Tensor, t: Tensor, condition: Condition, keep: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """v, and the tokens [B, H/8, W/8, D] after transformer block number `keep`."""
+        return (self._compiled or self._velocity_and_tokens)(x_t, t, condition, keep)
+
+    def _velocity_and_tokens(
+        self, x_t: Tensor, t: Tensor, condition: Condition, keep: int | None
+    ) -> tuple[Tensor, Tensor | None]:
         x_t = x_t.to(self.conv_in.weight.dtype)
         temb = F.silu(self.time_embedding(t))
         modulations = iter(condition.modulations)

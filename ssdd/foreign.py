@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssdd.engine.errors import UserError
+from ssdd.engine.errors import UserError, first_line
 
 SD_VAE = "stabilityai/sd-vae-ft-mse"
 
@@ -17,7 +17,8 @@ class KLEncoder(nn.Module):
     """The encoder of a diffusers `AutoencoderKL`, in the latent space of the generators that were trained on it.
 
     That space is (z - shift_factor) * scaling_factor with the factors of the VAE's config, so what such a generator
-    samples can be decoded as it is. f: stride; z_dim: latent channels.
+    samples can be decoded as it is. f: stride; z_dim: latent channels. The VAE's encoder is shared and frozen; the
+    rest of the VAE stays as it is.
     """
 
     def __init__(self, vae: Any):
@@ -25,8 +26,8 @@ class KLEncoder(nn.Module):
         config = vae.config
         self.f, self.z_dim = 2 ** (len(config.block_out_channels) - 1), config.latent_channels
         self.scale, self.shift = config.scaling_factor or 1.0, getattr(config, "shift_factor", None) or 0.0
-        self.vae = vae.eval().requires_grad_(False)
-        self.vae.decoder = None  # never used; the largest half of the memory
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv or nn.Identity()
+        self.eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, path: str) -> KLEncoder:
@@ -42,16 +43,16 @@ class KLEncoder(nn.Module):
             return cls(AutoencoderKL.from_pretrained(path))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"encoder {path!r}: no AutoencoderKL there ({str(error).splitlines()[0]}). Give a folder with "
+                f"encoder {path!r}: no AutoencoderKL there ({first_line(error)}). Give a folder with "
                 f"config.json and diffusion_pytorch_model.safetensors, or fetch it with `hf download {path}`"
             ) from None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [-1, 1] -> [B, 2c, H/f, W/f], mean | log variance."""
-        posterior = self.vae.encode(x).latent_dist
-        mean = (posterior.mean - self.shift) * self.scale
-        return torch.cat([mean, posterior.logvar + 2 * math.log(self.scale)], dim=1)
+        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)  # diffusers' DiagonalGaussianDistribution
+        return torch.cat([(mean - self.shift) * self.scale, logvar + 2 * math.log(self.scale)], dim=1)
 
 
 def adopt(encoder: nn.Module) -> nn.Module:

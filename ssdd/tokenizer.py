@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssdd.decoder import DECODER_STRIDE, Condition, UViTDecoder, parse_decoder
+from ssdd.decoder import DECODER_STRIDE, UViTDecoder, parse_decoder
 from ssdd.encoder import Encoder, parse_encoder_name
 from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.errors import UserError
@@ -25,6 +25,8 @@ from ssdd.weights import encoder_weights, license_of, load_weights, options_of, 
 
 WEIGHTS_NAME = "model.safetensors"
 KL = "kl"
+HALF = (torch.float16, torch.bfloat16)
+CONFIG_KEYS = ("encoder", "decoder", "fm_sampler")
 METADATA_KEY = "ssdd"
 """Every weights file of ours carries the JSON of `SSDD.config` under this key of its safetensors metadata."""
 
@@ -83,6 +85,7 @@ class SSDD(nn.Module):
         """Of weights that were loaded; saved with what is trained from them."""
         self._rows: int | None = None
         self._tiling: tuple[int, int] | None = None
+        self._exact_fingerprint: str | None = None
         if checkpoint is not None:
             path = resolve(str(checkpoint), ckpt_dir)
             weights, metadata = read_weights(path)
@@ -96,12 +99,9 @@ class SSDD(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def compile(self, **options: object) -> None:
-        """torch.compile the encoder and the decoder's velocity, in place; the state dict stays the same."""
+        """torch.compile encoder and decoder in place; the state dict stays the same, copies are not compiled."""
         self.encoder.compile(**options)
-        if self.deterministic:
-            self.decoder.compile(**options)
-        else:
-            self.decoder.velocity_and_tokens = torch.compile(self.decoder.velocity_and_tokens, **options)
+        self.decoder.compile(**options)
 
     def check_image_size(self, height: int, width: int) -> None:
         """UserError unless images of these sides can be encoded and decoded: multiples of 8 and of the stride f."""
@@ -148,7 +148,7 @@ class SSDD(nn.Module):
         steps = self.config["fm_sampler"]["steps"] if steps is None else steps
         height, width = z.shape[-2] * self.f, z.shape[-1] * self.f
         if self.deterministic:
-            y = torch.cat([self.decoder(part) for part in z.split(self._rows or len(z))])
+            y = torch.cat([self._decode_deterministic(part, height, width) for part in z.split(self._rows or len(z))])
             return y.clamp(-1, 1) if x0_clamp else y
         if noise is None:
             device = generator.device if generator is not None else z.device
@@ -160,38 +160,61 @@ class SSDD(nn.Module):
         return x.clamp(-1, 1) if x0_clamp else x
 
     def _velocity_of(self, z: Tensor, height: int, width: int) -> Velocity:
-        """(x_t, t) -> v for a fixed z; what depends on z alone is done here, once."""
-        if self._tiling is None or max(height, width) <= self._tiling[0]:
+        """(x_t, t) -> v for a fixed z; what depends on z alone is done here, once, but for tiles: it is large."""
+        tiles = self._tiles(height, width)
+        if not tiles:
             condition = self.decoder.condition(z, height, width)
             return lambda x_t, t: self.decoder.velocity(x_t, t, condition)
-        tiles = tile_image(height, width, *self._tiling, self.side_multiple)
-        conditions = {id(tile): self._condition_of(z, tile) for tile in tiles}
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
             def of_tile(tile: Tile) -> Tensor:
-                return self.decoder.velocity(x_t[..., tile.rows, tile.columns], t, conditions[id(tile)])
+                condition = self.decoder.condition(self._latent_of(z, tile), *tile.weight.shape)
+                return self.decoder.velocity(x_t[..., tile.rows, tile.columns], t, condition)
 
             return blend(tiles, of_tile, x_t)
 
         return velocity
 
-    def _condition_of(self, z: Tensor, tile: Tile) -> Condition:
+    def _decode_deterministic(self, z: Tensor, height: int, width: int) -> Tensor:
+        tiles = self._tiles(height, width)
+        if not tiles:
+            return self.decoder(z)
+        like = torch.empty(len(z), 3, height, width, device=z.device)
+        return blend(tiles, lambda tile: self.decoder(self._latent_of(z, tile)), like)
+
+    def _tiles(self, height: int, width: int) -> list[Tile]:
+        """None where an image of this size is decoded whole."""
+        if self._tiling is None or max(height, width) <= self._tiling[0]:
+            return []
+        return tile_image(height, width, *self._tiling, self.side_multiple)
+
+    def _latent_of(self, z: Tensor, tile: Tile) -> Tensor:
         rows, columns = (slice(s.start // self.f, s.stop // self.f) for s in (tile.rows, tile.columns))
-        height, width = tile.weight.shape
-        return self.decoder.condition(z[..., rows, columns], height, width)
+        return z[..., rows, columns]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SSDD:
+        own = next(self.encoder.parameters(), None)
+        exact = own is not None and own.dtype == torch.float32 and own.device.type != "meta"
+        if exact and fn(torch.zeros(1)).dtype in HALF:
+            self._exact_fingerprint = self.encoder_fingerprint()  # the last chance to see the weights as they are
         super()._apply(fn, recurse)
         if "encoder" not in self._modules:  # a frozen encoder from elsewhere moves along
             self.encoder._apply(fn)
         return self
 
     def encoder_fingerprint(self) -> str:
-        """sha256 of the encoder's weights: latents and their statistics belong to exactly one of these."""
+        """sha256 of the encoder's weights: latents and their statistics belong to exactly one of these.
+
+        A model that was cast to half precision keeps the fingerprint that it had before.
+        """
+        if self._exact_fingerprint and next(self.encoder.parameters()).dtype in HALF:
+            return self._exact_fingerprint
         digest = hashlib.sha256()
         for key, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.float().contiguous().cpu().numpy().tobytes())
+        if isinstance(self.encoder, KLEncoder):
+            digest.update(f"scale {self.encoder.scale} shift {self.encoder.shift}".encode())
         return digest.hexdigest()
 
     @property
@@ -213,9 +236,13 @@ class SSDD(nn.Module):
         Keyword arguments replace entries of that configuration. Without one, as in an official SSDD file, encoder and
         decoder are told from names and shapes. strict=False loads the tensors that fit and logs the rest.
         """
+        if unknown := set(overrides) - set(CONFIG_KEYS) - {"encoder_train", "posterior_std"}:
+            raise UserError(
+                f"from_pretrained: {', '.join(sorted(unknown))} is no option of a tokenizer that has weights"
+            )
         path = resolve(str(reference), ckpt_dir)
         weights, metadata = read_weights(path)
-        config = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else options_of(weights)
+        config = _stored_config(metadata, path) if METADATA_KEY in metadata else options_of(weights)
         config |= overrides
         if not {"encoder", "decoder"} <= set(config):
             raise UserError(f"{path} does not say which networks it holds: pass encoder= and decoder=, as f8c4 and M")
@@ -225,10 +252,22 @@ class SSDD(nn.Module):
         return model
 
 
+def _stored_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The configuration that a file of ours carries, known keys only; a file may come from anywhere."""
+    try:
+        config = json.loads(metadata[METADATA_KEY])
+        assert isinstance(config, dict)
+    except (json.JSONDecodeError, AssertionError):
+        raise UserError(f"{path}: its metadata {METADATA_KEY!r} is not the JSON object of a tokenizer") from None
+    return {key: config[key] for key in CONFIG_KEYS if key in config}
+
+
 def _build_decoder(decoder: str | Mapping[str, Any], f: int, z_dim: int) -> nn.Module:
     """A U-ViT, or for "kl" or {"size": "kl", "width": 128} the decoder of a KL-VAE."""
     options = {"size": decoder} if isinstance(decoder, str) else dict(decoder)
     if options.get("size") == KL:
+        if unknown := set(options) - {"size", "width"}:
+            raise UserError(f"decoder {decoder}: unknown keys {', '.join(sorted(unknown))}; kl takes width alone")
         return KLDecoder(f, z_dim, options.get("width", 128))
     size, window = parse_decoder(decoder)
     return UViTDecoder(size, z_dim, window)

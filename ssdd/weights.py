@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ssdd.decoder import DECODER_SIZES
-from ssdd.engine.errors import UserError
+from ssdd.decoder import DECODER_SIZES, DEFAULT_WINDOW
+from ssdd.engine.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 Weights = dict[str, Tensor]
@@ -33,8 +33,8 @@ def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises almost anything on a damaged or unsafe file
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a file of plain tensors ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path} is not a file of plain tensors ({reason})") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} is not a state dict: expected named tensors, perhaps below 'state_dict'")
@@ -85,7 +85,8 @@ def options_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     )
     for name, size in DECODER_SIZES.items():
         if shape == (size.levels, size.layers, size.head_count):
-            found["decoder"] = name
+            window = (len(table) + 1) // 2
+            found["decoder"] = name if window == DEFAULT_WINDOW else {"size": name, "window": window}
     return found
 
 

@@ -93,6 +93,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
     steps, t_pow_shift: the decoder's sampling; one step is for distilled decoders.
     z_mean, z_std: statistics of the raw latents, one number a channel; None for 0 and 1.
     scaling_factor: what calling code multiplies latents by.
+    license: of the weights, where it is not known from `checkpoint`; kept in saved configs.
     noise_seed: noise of decodes without `noise` and `generator`, equal for all images (`ssdd.adapters.noise`).
 
     `config` has these and, as code for AutoencoderKL reads them: latent_channels, block_out_channels (only its length
@@ -114,6 +115,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
         z_std: list[float] | None = None,
         scaling_factor: float = SD_SCALING_FACTOR,
         noise_seed: int = 0,
+        license: str | None = None,
         checkpoint: str | None = None,
         # The rest follows from the networks: it is here so that a saved config reads back.
         latent_channels: int | None = None,
@@ -129,6 +131,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
         super().__init__()
         sampler = {"steps": steps, "t_pow_shift": t_pow_shift}
         self.tokenizer = SSDD(encoder, decoder, checkpoint=checkpoint, fm_sampler=sampler)
+        self.tokenizer.license = license or self.tokenizer.license
         channels, doublings = self.tokenizer.z_dim, self.tokenizer.f.bit_length() - 1
         z_mean = [0.0] * channels if z_mean is None else z_mean
         z_std = [1.0] * channels if z_std is None else z_std
@@ -140,6 +143,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
             block_out_channels=[128 * min(2**i, 4) for i in range(doublings + 1)],
             latents_mean=[0.0] * channels,
             latents_std=[1.0] * channels,
+            license=self.tokenizer.license,
         )
 
     @classmethod
@@ -174,6 +178,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
             z_std=norm.std.tolist(),
             scaling_factor=scaling_factor,
             noise_seed=noise_seed,
+            license=model.license,
         )
         adapter.tokenizer.load_state_dict(model.state_dict())
         return adapter.eval().to(next(model.decoder.parameters()))

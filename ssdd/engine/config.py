@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssdd.engine.errors import UserError
+from ssdd.engine.errors import UserError, first_line
 from ssdd.engine.files import plain
 
 T = TypeVar("T")
@@ -205,7 +205,7 @@ class _Builder:
             resolved = None if missing else OmegaConf.to_object(self.config)
         except OmegaConfBaseException as error:
             key = error.full_key or "the configuration"
-            raise UserError(f"{self.origin.get(key, key)}: {key}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{self.origin.get(key, key)}: {key}: {first_line(error)}") from None
         if missing:
             field = self.fields[missing[0]]
             kind = type_name(field.type, field.optional)

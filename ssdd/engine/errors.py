@@ -13,6 +13,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def full_disk(error: Exception) -> UserError | None:
     """What to tell the user if `error` means that a disk is full, else None. safetensors has its own error type."""
     number = getattr(error, "errno", None)

@@ -31,6 +31,7 @@ from ssdd.engine.scores import SetScores, automatic_without_weights, compare, lo
 from ssdd.engine.training import open_accelerator, peak_memory, synchronize
 from ssdd.engine.weights import has
 from ssdd.perceptual import FeatureDistance, Lpips
+from ssdd.tasks.networks import encoder_option, foreign_encoder
 from ssdd.tokenizer import SSDD
 
 ORIGINALS, REALS = "originals", "reals"
@@ -188,6 +189,16 @@ class Evaluation:
         return PixelPCA(read_split(self.cfg.dataset, "train")[0], tokenizer.z_dim * side * side)
 
 
+def _rows_of_checkpoint(cfg: SSDDConfig, device: torch.device) -> list[Row]:
+    """`ssdd.checkpoint` at every step count; where a frozen diffusers encoder is now, `ssdd.encoder` may say."""
+    encoder = encoder_option(cfg)
+    moved = {"encoder": encoder} if foreign_encoder(encoder) else {}
+    tokenizer = SSDD.from_pretrained(cfg.ssdd.checkpoint, cfg.ckpt_dir, **moved)
+    tokenizer.config["fm_sampler"]["t_pow_shift"] = cfg.ssdd.fm_sampler.t_pow_shift
+    tokenizer.to(device).eval().requires_grad_(False)
+    return [Row(f"steps-{n}", tokenizer, n) for n in cfg.evaluation.steps or [cfg.ssdd.fm_sampler.steps]]
+
+
 def run(cfg: SSDDConfig) -> dict[str, Any]:
     """Evaluate `evaluation.decoders`, or `ssdd.checkpoint` at `evaluation.steps`; writes task_result.json, pictures."""
     accelerator = open_accelerator(
@@ -199,22 +210,25 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             raise UserError(
                 "task=eval needs ssdd.checkpoint=<run or file>, or evaluation.decoders=[name:reference:steps]"
             )
-        steps = cfg.evaluation.steps or [cfg.ssdd.fm_sampler.steps]
-        rows = open_rows([f"steps-{n}:{cfg.ssdd.checkpoint}:{n}" for n in steps], cfg.ckpt_dir, accelerator.device)
+        rows = _rows_of_checkpoint(cfg, accelerator.device)
+    if cfg.evaluation.noise_draws == 1:
+        raise UserError("evaluation.noise_draws=1 has no spread; take two or more, or 0 to leave it out")
     for row in rows:
         row.tokenizer.check_image_size(cfg.dataset.im_size, cfg.dataset.im_size)
     evaluation = Evaluation(cfg, accelerator)
     result = evaluation.run(rows, baselines=cfg.evaluation.baselines, reals=True)
     if cfg.evaluation.noise_draws:
-        x = torch.stack([evaluation.dataset[i][0] for i in range(min(AGREEMENT_IMAGES, len(evaluation.dataset)))])
-        x = from_uint8(x).to(accelerator.device)
+        count = min(AGREEMENT_IMAGES, len(evaluation.dataset))
+        x = from_uint8(torch.stack([evaluation.dataset[i][0] for i in range(count)])).to(accelerator.device)
         for row, scores in zip(rows, result["rows"], strict=False):
-            scores["noise_r2"] = noise_agreement(row, rows[0], x, cfg.evaluation.noise_draws, cfg.seed)
+            with accelerator.autocast():
+                draws, parts = cfg.evaluation.noise_draws, x.split(cfg.evaluation.batch_size)
+                scores["noise_r2"] = noise_agreement(row, rows[0], parts, draws, cfg.seed)
     pictures = result.pop("pictures")
     directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
     if accelerator.is_main_process:
         directory.save_config(cfg)
-        for name, images in pictures.items():
+        for name, images in pictures.items() if cfg.show_samples else ():
             save_png(directory.pictures / f"{name}.png", grid(images, columns=len(images)))
         result = {
             "task": "eval",

@@ -28,9 +28,14 @@ IMAGES_FOR_DEVIATION = 256
 def encoder_option(cfg: SSDDConfig) -> str | dict[str, Any]:
     """`ssdd.encoder` as the tokenizer takes it: a stride and channels, sdvae, or the folder of a diffusers VAE."""
     name = cfg.ssdd.encoder
-    if name == "sdvae" or "/" in name:
-        return name if name == "sdvae" else {"name": "diffusers", "path": name}
+    if "/" in name:
+        return {"name": "diffusers", "path": name}
     return {"name": name, "width": cfg.ssdd.encoder_width} if ENCODER_NAME.fullmatch(name) else name
+
+
+def foreign_encoder(option: str | dict[str, Any]) -> bool:
+    """Whether an `encoder_option` is one that is not part of the tokenizer's own files."""
+    return option == "sdvae" or (isinstance(option, dict) and option["name"] == "diffusers")
 
 
 def build_tokenizer(cfg: SSDDConfig) -> SSDD:

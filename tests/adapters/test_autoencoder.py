@@ -213,3 +213,11 @@ torch.save(vae(torch.load({str(tmp_path / "images.pt")!r})).sample, {str(tmp_pat
     expected = vae(images).sample
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
     assert torch.equal(AutoencoderSSDD.from_pretrained(tmp_path / "without")(images).sample, expected)
+
+
+def test_a_licence_travels_with_the_adapter(tokenizer, tmp_path):
+    tokenizer.license = "CC-BY-NC-4.0"
+    adapter = AutoencoderSSDD.from_ssdd(tokenizer)
+    assert adapter.config.license == "CC-BY-NC-4.0"
+    adapter.save_pretrained(tmp_path)
+    assert AutoencoderSSDD.from_pretrained(tmp_path).tokenizer.license == "CC-BY-NC-4.0"

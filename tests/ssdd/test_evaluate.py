@@ -53,3 +53,12 @@ def test_nothing_to_evaluate_and_unknown_runs_are_errors(config):
         run(config("task=eval", "evaluation.decoders=[student]"))
     with pytest.raises(UserError, match="no weights for 'nobody'"):
         run(config("task=eval", "evaluation.decoders=[student:nobody:1]"))
+
+
+def test_the_time_grid_of_the_command_line_is_used_and_no_pictures_are_an_option(trained, tmp_path):
+    command = ("task=eval", "run_name=eval", "ssdd.checkpoint=tokenizer", "show_samples=0")
+    one, other = (run(trained(*command, f"ssdd.fm_sampler.t_pow_shift={power}"))["rows"][0]["PSNR"] for power in (2, 1))
+    assert one != other
+    assert not (tmp_path / "jobs" / "eval" / "pictures").exists()
+    with pytest.raises(UserError, match="two or more"):
+        run(trained(*command, "evaluation.noise_draws=1"))

@@ -86,3 +86,19 @@ def test_what_cannot_be_is_said(vae_folder, tmp_path, monkeypatch):
         SSDD({"name": "diffusers", "path": str(vae_folder)}, "XXS", encoder_train=True)
     with pytest.raises(UserError, match="unknown keys depth"):
         SSDD({"name": "f8c4", "depth": 3}, "XXS")
+
+
+def test_the_vae_that_was_given_stays_whole(vae_folder):
+    vae = diffusers.AutoencoderKL.from_pretrained(vae_folder)
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    before = vae(x).sample
+    SSDD(vae, "XXS").encode(x)
+    assert torch.allclose(vae(x).sample, before, atol=1e-4)  # in another memory format
+    assert all(parameter.requires_grad for parameter in vae.decoder.parameters())
+
+
+def test_latents_of_other_factors_have_another_fingerprint(vae_folder):
+    vae = diffusers.AutoencoderKL.from_pretrained(vae_folder)
+    fingerprint = SSDD(vae, "XXS").encoder_fingerprint()
+    vae.register_to_config(scaling_factor=0.5)
+    assert SSDD(vae, "XXS").encoder_fingerprint() != fingerprint

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from ssdd import SSDD
 from ssdd.tiling import blend, tile_image
 
 
@@ -56,3 +59,32 @@ def test_slices_give_the_images_of_the_whole_batch(tokenizer):
     tokenizer.enable_slicing(2)
     assert (tokenizer.encode(x).mode() - z).abs().max() < 1e-5
     assert (tokenizer.decode(z, steps=2, noise=noise) - whole).abs().max() < 1e-5
+
+
+def test_a_deterministic_decoder_is_tiled_too_and_tiles_share_no_memory_of_the_whole():
+    model = SSDD({"name": "f8c2", "width": 8}, {"size": "kl", "width": 8})
+    z = torch.randn(1, 2, 16, 24)
+    whole, seen = model.decode(z), []
+    handle = model.decoder.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape[2:])))
+    model.enable_tiling(64, 32)
+    tiled = model.decode(z)
+    handle.remove()
+    assert len(seen) > 1 and set(seen) == {(64, 64)}
+    assert tiled.shape == whole.shape and (tiled - whole).abs().mean() < 0.5 * whole.std()
+
+
+def test_only_one_tiles_conditions_exist_at_a_time(tokenizer):
+    alive, most = weakref.WeakSet(), 0
+    condition = tokenizer.decoder.condition
+
+    def counted(*args):
+        nonlocal most
+        made = condition(*args)
+        alive.add(made.z_input)
+        most = max(most, len(alive))
+        return made
+
+    tokenizer.decoder.condition = counted
+    tokenizer.enable_tiling(64, 32)
+    tokenizer.decode(torch.randn(1, 2, 16, 16), steps=2)
+    assert most <= 2  # the next one is made before the last one's name is bound anew

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ssdd import SSDD
+from ssdd.engine.checkpoint import save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.flow import interpolate
 from ssdd.weights import load_weights, read_weights
@@ -123,3 +125,36 @@ def test_sides_and_channels_that_do_not_fit_are_named(tokenizer):
         tokenizer.encode(torch.zeros(1, 3, 12, 16))
     with pytest.raises(ValueError, match="2 channels, got 3"):
         tokenizer.decode(torch.zeros(1, 3, 2, 2))
+
+
+def test_a_copy_of_a_compiled_tokenizer_runs_its_own_weights_and_compiling_twice_does_not_nest(tokenizer):
+    z, noise = torch.randn(1, 2, 2, 2), torch.randn(1, 3, 16, 16)
+    tokenizer.compile(backend="eager")
+    tokenizer.compile(backend="eager")
+    before = tokenizer.decode(z, steps=1, noise=noise)
+    other = copy.deepcopy(tokenizer)
+    with torch.no_grad():
+        other.decoder.conv_out.weight.zero_()
+        other.decoder.conv_out.bias.zero_()
+    assert torch.equal(other.decode(z, steps=1, noise=noise), noise)
+    assert torch.equal(tokenizer.decode(z, steps=1, noise=noise), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_encoder_keeps_its_fingerprint_in_half_precision(tokenizer, dtype):
+    fingerprint = tokenizer.encoder_fingerprint()
+    assert copy.deepcopy(tokenizer).to(dtype).encoder_fingerprint() == fingerprint
+    assert tokenizer.double().encoder_fingerprint() == fingerprint
+
+
+def test_what_a_file_says_of_itself_is_not_trusted_further_than_its_networks(tokenizer, tmp_path):
+    path = tmp_path / "model.safetensors"
+    said = json.dumps(tokenizer.config | {"checkpoint": "/etc/passwd", "ckpt_dir": "/"})
+    save_tensors(path, tokenizer.state_dict(), {"ssdd": said})
+    assert SSDD.from_pretrained(path).config == tokenizer.config
+    for damaged in ("{", "[1]"):
+        save_tensors(path, tokenizer.state_dict(), {"ssdd": damaged})
+        with pytest.raises(UserError, match="not the JSON object"):
+            SSDD.from_pretrained(path)
+    with pytest.raises(UserError, match="checkpoint is no option"):
+        SSDD.from_pretrained(path, checkpoint="elsewhere")

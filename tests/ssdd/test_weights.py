@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ssdd import SSDD
 from ssdd.decoder import DECODER_SIZES
 from ssdd.engine.errors import UserError
-from ssdd.weights import DIFFUSERS_NAMES, encoder_weights, options_of
+from ssdd.weights import DIFFUSERS_NAMES, encoder_weights, options_of, read_weights
 
 diffusers = pytest.importorskip("diffusers")
 WIDTH = 16
@@ -167,3 +167,21 @@ def test_decoders_are_given_by_mappings_too():
             SSDD({"name": "f8c2", "width": 8}, wrong)
     with pytest.raises(UserError, match="64 channels do not divide into 5 heads"):
         SSDD({"name": "f8c2", "width": 8}, {"size": "XXS", "heads": 5})
+
+
+def test_the_window_of_a_decoder_is_told_from_its_tensors():
+    weights = SSDD({"name": "f8c2", "width": 8}, {"size": "XXS", "window": 5}).state_dict()
+    assert options_of(weights)["decoder"] == {"size": "XXS", "window": 5}
+
+
+def test_errors_without_a_message_are_told_by_their_type(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(EOFError()))
+    with pytest.raises(UserError, match="EOFError"):
+        read_weights(path)
+
+
+def test_keys_that_a_kl_decoder_does_not_have_are_refused():
+    with pytest.raises(UserError, match="unknown keys window"):
+        SSDD("f8c4", {"size": "kl", "window": 4})
