@@ -35,6 +35,7 @@ SETUP = [
     "ssdd.compile=false", "losses.lpips=0", "losses.repa=0", "training.optimizer=adamw", "training.lr_schedule=cosine",
     "training.betas=[0.9,0.99]", "training.warmup_steps=30", "training.grad_clip=1", "training.eval_freq=0",
     "training.save_every=200", "training.log_freq=50", "ssdd.ema.decay=0.99",
+    "ssdd.fm_trainer.t_sampler_args.t_mean=0.4", "ssdd.fm_trainer.t_sampler_args.t_std=1.6",
 ]  # fmt: skip
 
 
@@ -66,8 +67,12 @@ class EvidenceConfig:
     """Width of the encoder and of the KL decoder."""
     decoder: str = "XXS"
     """Size of the U-ViT decoders."""
-    lr: float = 3e-3
-    """Peak learning rate of all."""
+    lr: float = 6e-3
+    """Peak learning rate of encoder and U-ViT decoders."""
+    kl_lr: float = 2e-3
+    """Peak learning rate of the KL decoder."""
+    taught_steps: int = 4
+    """Steps of the teacher that the student learns from."""
     evaluated: int = 1000
     """Held-out images in the table."""
 
@@ -92,11 +97,12 @@ def run(cfg: EvidenceConfig) -> None:
     data = [f"dataset.{key}={value}" for key, value in vars(cfg.dataset).items() if value is not None]
     shared = [*data, *SETUP, *tokenizer, f"ckpt_dir={folder}"]
     uvit, frozen = f"ssdd.decoder={cfg.decoder}", f"ssdd.encoder_checkpoint={ENCODER}"
-    teaching = ["ssdd.fm_sampler.steps=8", "distill_teacher=true", uvit]
+    teaching = [f"ssdd.fm_sampler.steps={cfg.taught_steps}", "distill_teacher=true", uvit]
+    joint = [uvit, "ssdd.encoder_train=true", "ssdd.posterior_std=0.14"]
     methods = {
         "teacher": [uvit, frozen],
         "direct": [uvit, frozen, "objective=direct"],
-        "kl": ["ssdd.decoder=kl", frozen],
+        "kl": ["ssdd.decoder=kl", frozen, f"training.lr={cfg.kl_lr}"],
     }
 
     # The encoder gets an eighth of the time, then every seed an equal share of the rest.
@@ -105,14 +111,14 @@ def run(cfg: EvidenceConfig) -> None:
     plan_path = folder / "plan.json"
     plan = read_json(plan_path) if plan_path.is_file() else {}
     if ENCODER not in plan:
-        plan[ENCODER] = planned_steps([*shared, uvit, "ssdd.encoder_train=true"], 60 * encoder_minutes)
+        plan[ENCODER] = planned_steps([*shared, *joint], 60 * encoder_minutes)
         write_json(plan_path, plan)
-    command([*shared, uvit, "ssdd.encoder_train=true", f"run_name={ENCODER}", f"training.steps={plan[ENCODER]}"])
+    command([*shared, *joint, f"run_name={ENCODER}", f"training.steps={plan[ENCODER]}"])
     command([*data, "task=classifier", f"run_name={CLASSIFIER}", f"ckpt_dir={folder}"])
     if "student" not in plan:
-        shares = {"teacher": 0.6 * seconds, "direct": seconds, "kl": seconds}
+        shares = {"teacher": 0.5 * seconds, "direct": seconds, "kl": seconds}
         plan |= {name: planned_steps([*shared, *methods[name]], shares[name]) for name in methods}
-        plan["student"] = planned_steps([*shared, *teaching, f"ssdd.checkpoint={ENCODER}"], 0.4 * seconds)
+        plan["student"] = planned_steps([*shared, *teaching, f"ssdd.checkpoint={ENCODER}"], 0.5 * seconds)
         write_json(plan_path, plan)
 
     def train(name: str, seed: int, arguments: list[str]) -> None:
