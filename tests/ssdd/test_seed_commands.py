@@ -23,7 +23,7 @@ from ssdd.main import main
 
 SMALL = (
     "ssdd.encoder_width=8 ssdd.decoder=XXS dataset.limit=8 dataset.im_size=64 dataset.batch_size=4 training.log_freq=1 "
-    "ssdd.compile=false aux_losses.repa.model=vit_tiny_patch16_224 training.optimizer=adamw training.lr=1e-3"
+    "ssdd.compile=false aux_losses.repa.model=vit_tiny_patch16_224 training.optimizer=adamw"
 )
 TRAINING = {
     "train_enc_f8c4": "dataset.im_size=128 dataset.aug_scale=2 training.lr=1e-4 ssdd.encoder_train=true",
@@ -34,7 +34,7 @@ TRAINING = {
     "ssdd.checkpoint=f8c4_M_128 ssdd.fm_sampler.steps=7 distill_teacher=true",
     "with_gan": "dataset.im_size=128 +blocks=gan gan.start_iter=2",
 }
-STEPS = 6
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,13 @@ def test_every_stage_evaluation_and_statistics_of_the_published_readme(photograp
         assert main([*arguments, f"ckpt_dir={tmp_path / 'runs'}"]) == 0, command
 
     for name, command in TRAINING.items():
-        run(f"run_name={name} {command}", f"training.steps={STEPS}")
+        rate = 1e-4 if name.endswith("distill") else 1e-3  # a few steps of a small network need more than 1e-4
+        run(f"run_name={name} {command}", f"training.steps={STEPS}", f"training.lr={rate}")
         directory = RunDirectory(tmp_path / "runs", name)
         lines = directory.read_metrics()
         losses = [line["diffusion"] for line in lines if "diffusion" in line]
         assert len(losses) == STEPS and {"lpips", "repa"} <= set(lines[0])
-        if name == "train_enc_f8c4":
-            assert sum(losses[-2:]) < sum(losses[:2])
+        assert sum(losses[-2:]) < 0.8 * sum(losses[:2]), (name, losses)
         if name == "with_gan":
             values = [line["gan_train"] for line in lines if "gan_train" in line]
             assert values[:2] == [0, 0] and all(value > 0 for value in values[2:])
