@@ -7,28 +7,17 @@ after how many interruptions.
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
-import torch
-from tqdm import tqdm
 
 from latent_cache.config import BuildConfig
 from latent_cache.encode import Images, encode_shards
-from latent_cache.folder import CacheFolder, FolderLock, Job, clear_disk_errors, put
-from latent_cache.manifest import FORMAT, STATISTICS, VERSION, load_manifest, write_manifest
+from latent_cache.folder import CacheFolder, FolderLock, clear_disk_errors
+from latent_cache.manifest import FORMAT, VERSION, load_manifest
+from latent_cache.normalise import normalise_shards, progress, statistics_of
 from latent_cache.processes import Processes, exact_arithmetic
-from latent_cache.shard import write_shard
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json, sha256_file, write_json
 from ssdd.engine.images import ImageSource, open_source
-from ssdd.latent import LatentNorm
 from ssdd.tokenizer import SSDD
-
-CHUNK = 1024  # rows that are normalised together; has no influence on the result
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +43,7 @@ def build(cfg: BuildConfig) -> dict:
                 tokenizer.encoder.to(processes.device)
                 with exact_arithmetic(cfg.threads):
                     _encode(folder, processes, tokenizer, images, cfg.dataset.workers)
-                    _normalise(folder, processes, images)
+                    normalise_shards(folder, processes, images.labels, statistics_of(folder))
     return load_manifest(root)
 
 
@@ -105,16 +94,6 @@ def describe(cfg: BuildConfig, tokenizer: SSDD, sources: dict[str, ImageSource],
     }
 
 
-def normalised(raw: np.ndarray, norm: LatentNorm) -> np.ndarray:
-    """Raw rows float32 [n, view, K, h, w] -> rows as stored, float16: (mean - m)/s, and logvar - 2 ln s for moments."""
-    flat = torch.from_numpy(np.array(raw)).flatten(0, 1)
-    channels = len(norm.mean)
-    parts = [norm.normalise(flat[:, :channels])]
-    if flat.shape[1] > channels:
-        parts.append(flat[:, channels:] - 2 * norm.std.log().view(-1, 1, 1))
-    return torch.cat(parts, 1).half().unflatten(0, raw.shape[:2]).numpy()
-
-
 def _open(folder: CacheFolder, lock: FolderLock, cfg: BuildConfig) -> bool:
     lock.claim()
     with clear_disk_errors(folder.root):
@@ -139,62 +118,6 @@ def _encode(folder: CacheFolder, processes: Processes, tokenizer: SSDD, images: 
     """First pass: the raw rows of this process's shards, those that are not there yet."""
     mine = folder.jobs[processes.rank :: processes.world]
     left = [job for job in mine if not folder.is_encoded(job)]
-    with _progress("encode", mine, left, processes) as progress:
-        encode_shards(folder, left, tokenizer, images, workers, processes.device, progress)
+    with progress("encode", mine, left, processes) as update:
+        encode_shards(folder, left, tokenizer, images, workers, processes.device, update)
     processes.wait()
-
-
-def _normalise(folder: CacheFolder, processes: Processes, images: Images) -> None:
-    """Second pass: the statistics, the shards of this process in their final form, then the manifest."""
-    norm = folder.statistics().norm(folder.settings["tokenizer"]["fingerprint"])
-    if not (norm.std > 0).all():
-        dead = [channel for channel, std in enumerate(norm.std.tolist()) if not std > 0]
-        raise UserError(
-            f"latent channels {dead} have the same value everywhere in the train split and can't be normalised: "
-            "take a tokenizer with fewer channels, or one that was trained longer"
-        )
-    mine = folder.jobs[processes.rank :: processes.world]
-    left = [job for job in mine if not folder.is_finished(job)]
-    with _progress("normalise", mine, left, processes) as progress:
-        for job in left:
-            _finish(folder, job, images.labels(job), norm)
-            progress(len(job.samples))
-    for job in mine:
-        folder.raw(job).unlink(missing_ok=True)
-    processes.wait()
-    if processes.rank == 0:
-        norm.save(folder.root / STATISTICS)
-        shards = {split: [] for split in folder.settings["splits"]}
-        for job in folder.jobs:
-            shards[job.split].append(read_json(folder.sidecar(job)))
-        write_manifest(folder.root, folder.settings, shards, sha256_file(folder.root / STATISTICS))
-        folder.tidy()
-    processes.wait()
-
-
-def _finish(folder: CacheFolder, job: Job, labels: np.ndarray, norm: LatentNorm) -> None:
-    """Normalise one shard and put it and then its sidecar in place."""
-    raw = np.load(folder.raw(job), mmap_mode="r", allow_pickle=False)
-    rows = np.concatenate([normalised(raw[i : i + CHUNK], norm) for i in range(0, len(raw), CHUNK)])
-    if not np.isfinite(rows).all():
-        raise UserError(
-            f"normalised latents of {job.split} samples {job.samples.start} to {job.samples.stop - 1} do not fit in "
-            "float16: they lie more than 65504 deviations from the mean of the train split, which it does not cover"
-        )
-    temporary = folder.temporary(job, ".tar")
-    sidecar = write_shard(temporary, folder.layout, job.samples.start, rows, labels)
-    put(temporary, folder.tar(job))
-    write_json(folder.sidecar(job), sidecar)
-    folder.raw(job).unlink()
-
-
-@contextmanager
-def _progress(what: str, mine: list[Job], left: list[Job], processes: Processes) -> Iterator[Callable[[int], object]]:
-    """A bar with images/s and time left, for process 0 and its share of the images."""
-    total, missing = (sum(len(job.samples) for job in jobs) for jobs in (mine, left))
-    name = what if processes.world == 1 else f"{what} (process 0 of {processes.world})"
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    with tqdm(
-        desc=name, total=total, initial=total - missing, unit="img", mininterval=interval, disable=processes.rank > 0
-    ) as bar:
-        yield bar.update

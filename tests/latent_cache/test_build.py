@@ -121,7 +121,7 @@ def test_a_damaged_cache_is_not_taken_for_a_finished_one(settings, tmp_path, nam
 
 def test_an_unfinished_build_of_other_settings_is_refused(settings, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build_module, "_normalise", interrupt)
+        patch.setattr(build_module, "normalise_shards", interrupt)
         build(settings(tmp_path, dataset={"limit": 10}))
     with pytest.raises(UserError, match="unfinished build .*samples_per_shard: 16, wanted 5"):
         build(settings(tmp_path, dataset={"limit": 10}, samples_per_shard=5))
