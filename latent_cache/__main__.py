@@ -1,21 +1,27 @@
-"""`python -m latent_cache build|info|verify key=value ...`"""
+"""`python -m latent_cache build|info|verify|stats|export|import key=value ...`"""
 
 from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from latent_cache.config import BuildConfig, InfoConfig, VerifyConfig
+from latent_cache.config import BuildConfig, ExportConfig, ImportConfig, InfoConfig, StatsConfig, VerifyConfig
 from ssdd.engine.config import help_text, parse
 from ssdd.engine.errors import UserError
+from ssdd.engine.files import write_json
 
 COMMANDS = {
     "build": (BuildConfig, "Encode images once and store their normalised latents in WebDataset shards."),
     "info": (InfoConfig, "Print what a cache holds."),
     "verify": (VerifyConfig, "Check that a cache is whole; the exit status is 1 if it is not."),
+    "stats": (
+        StatsConfig,
+        "Is this latent any good? Channels, tails, spectrum, information, and remedies.",
+    ),
+    "export": (ExportConfig, "Write a cache in the layout of fast-DiT, LightningDiT, REPA or MAR."),
+    "import": (ImportConfig, "Make a cache from one of fast-DiT, LightningDiT or REPA."),
 }
 PROGRAM = "python -m latent_cache"
 
@@ -46,15 +52,13 @@ def _run(argv: list[str]) -> int:
         return 0
     program = "latent_cache" if command == "build" else f"latent_cache_{command}"
     cfg = parse(schema, arguments, program=program, description=description)
-    if command == "build":
-        return _build(cfg)
-    if command == "info":
-        print(_info(Path(cfg.cache)))
-        return 0
-    return _verify(cfg)
+    run = {"build": _build, "info": _info, "verify": _verify, "stats": _stats, "export": _export, "import": _import}
+    return run[command](cfg)
 
 
 def _build(cfg: BuildConfig) -> int:
+    if cfg.dry_run:
+        return _dry_run(cfg)
     from latent_cache.build import build
     from latent_cache.processes import leave
 
@@ -63,9 +67,51 @@ def _build(cfg: BuildConfig) -> int:
     finally:
         first = leave() == 0
     if first:
-        counts = ", ".join(f"{entry['count']} {split}" for split, entry in manifest["splits"].items())
-        print(f"{cfg.out}: {counts} latents of shape {'x'.join(map(str, manifest['shape']))}")
+        print(_made(cfg.out, manifest))
     return 0
+
+
+def _dry_run(cfg: BuildConfig) -> int:
+    from latent_cache.dry_run import dry_run
+    from latent_cache.processes import leave
+
+    try:
+        text = dry_run(cfg)
+    finally:
+        first = leave() == 0
+    if first:
+        print(text)
+    return 0
+
+
+def _stats(cfg: StatsConfig) -> int:
+    from latent_cache.stats import stats
+    from latent_cache.stats_report import table
+
+    result = stats(cfg)
+    if cfg.out is not None:
+        write_json(cfg.out, result)
+    print(table(result))
+    return 0
+
+
+def _export(cfg: ExportConfig) -> int:
+    from latent_cache.export import export
+
+    print(export(cfg))
+    return 0
+
+
+def _import(cfg: ImportConfig) -> int:
+    from latent_cache.importing import import_latents
+
+    print(_made(cfg.out, import_latents(cfg)))
+    return 0
+
+
+def _made(out: str, manifest: dict) -> str:
+    counts = ", ".join(f"{entry['count']} {split}" for split, entry in manifest["splits"].items())
+    return f"{out}: {counts} latents of shape {'x'.join(map(str, manifest['shape']))}"
 
 
 def _verify(cfg: VerifyConfig) -> int:
@@ -78,16 +124,18 @@ def _verify(cfg: VerifyConfig) -> int:
     return 1 if problems else 0
 
 
-def _info(folder: Path) -> str:
+def _info(cfg: InfoConfig) -> int:
     from latent_cache.dataset import LatentDataset
 
-    train = LatentDataset(folder)
+    train = LatentDataset(cfg.cache)
     manifest, norm = train.manifest, train.norm
     size = sum(shard["bytes"] for entry in manifest["splits"].values() for shard in entry["shards"])
     dataset, encoder = manifest["dataset"], manifest["tokenizer"]["encoder"]
     lines = {
-        "encoder": f"{encoder['name']}, width {encoder['width']}, weights {manifest['tokenizer']['fingerprint'][:12]}",
-        "images": f"{dataset['source']}, {dataset['im_size']} x {dataset['im_size']} pixels, {dataset['crop']} crop",
+        "encoder": f"{', '.join(f'{key} {value}' for key, value in encoder.items())}, "
+        f"weights {manifest['tokenizer']['fingerprint'][:12]}",
+        "images": f"{dataset['source']}, {dataset['im_size'] or '?'} x {dataset['im_size'] or '?'} pixels, "
+        f"{dataset['crop']} crop",
         "latent": f"{' x '.join(map(str, train.latent_shape))}, {manifest['content']}, {manifest['dtype']}, "
         + ("with" if train.has_flips else "without")
         + " mirrored views",
@@ -102,7 +150,8 @@ def _info(folder: Path) -> str:
     }
     counts = np.bincount(train.labels, minlength=train.num_classes)
     lines["classes"] = f"{train.num_classes}, {counts.min()} to {counts.max()} training samples each"
-    return "\n".join(f"{name:<14} {value}" for name, value in lines.items())
+    print("\n".join(f"{name:<14} {value}" for name, value in lines.items()))
+    return 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 
 from latent_cache.manifest import MANIFEST, STATISTICS, differences, layout_of, load_manifest, settings_of, shard_ranges
 from latent_cache.shard import shard_name
@@ -34,6 +35,7 @@ from ssdd.engine.sources import SPLITS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+RETRY = "make room and run the same command again, it will go on"
 SHARD_FILE = re.compile(r"\d{6}\.(tar|json)")
 
 log = logging.getLogger(__name__)
@@ -237,10 +239,14 @@ def clear_disk_errors(root: Path) -> Iterator[None]:
     """Turn a full or closed disk into a UserError that says what to do."""
     try:
         yield
+    except SafetensorError as problem:  # the library's own form of ENOSPC
+        if "os error 28" not in str(problem):
+            raise
+        raise UserError(f"out={root}: {os.strerror(errno.ENOSPC)}: {RETRY}") from problem
     except OSError as problem:
         where = f"out={root}: {problem.strerror} ({problem.filename or 'while writing'})"
         if problem.errno in FULL:
-            raise UserError(f"{where}: make room and run the same build again, it will go on") from problem
+            raise UserError(f"{where}: {RETRY}") from problem
         if problem.errno in CLOSED:
             raise UserError(f"{where}: choose a folder for out= that can be written") from problem
         raise

@@ -12,6 +12,9 @@ from torch import Tensor
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_json
 
+UNKNOWN_ENCODER = "unknown"
+"""Fingerprint in the statistics of latents whose encoder nobody named."""
+
 
 class DiagonalGaussian:
     """Posterior q(z | x) with independent components; made from `parameters` [B, 2C, h, w] = mean | log variance.
@@ -132,6 +135,11 @@ class LatentNorm:
 
     def check_encoder(self, fingerprint: str, where: str | Path) -> None:
         """UserError that names `where` unless the statistics are those of the encoder with this fingerprint."""
+        if self.fingerprint == UNKNOWN_ENCODER:
+            raise UserError(
+                f"{where} does not say which encoder its latents come from, so nothing may decode them: import the "
+                "cache again with tokenizer=REFERENCE (or fingerprint=) if you know it"
+            )
         if self.fingerprint != fingerprint:
             raise UserError(
                 f"{where} holds the statistics of another encoder (weights {self.fingerprint[:12]}, "
