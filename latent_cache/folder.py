@@ -160,12 +160,15 @@ class CacheFolder:
             return str(problem)
         return problems[0] if problems else ""
 
-    def _check_space(self) -> None:
-        """The raw rows of all shards lie there at once, then shard by shard the tars take their place."""
+    def bytes_while_building(self) -> int:
+        """At most: the raw rows of all shards lie there at once, then shard by shard the tars take their place."""
         values = int(np.prod(self.layout.shape)) * len(self.layout.views)
         raw = sum(len(job.samples) for job in self.jobs) * values * 4
         tars = [self.layout.file_bytes(len(job.samples)) for job in self.jobs]
-        needed = max(raw, sum(tars)) + 2 * max(tars)
+        return max(raw, sum(tars)) + 2 * max(tars)
+
+    def _check_space(self) -> None:
+        needed = self.bytes_while_building()
         own = sum(path.stat().st_size for path in self._own_files())
         free = shutil.disk_usage(self.root).free + own
         if needed > free:

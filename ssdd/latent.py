@@ -135,7 +135,7 @@ class LatentNorm:
 
     def check_encoder(self, fingerprint: str, where: str | Path) -> None:
         """UserError that names `where` unless the statistics are those of the encoder with this fingerprint."""
-        if self.fingerprint == UNKNOWN_ENCODER:
+        if self.fingerprint == UNKNOWN_ENCODER != fingerprint:
             raise UserError(
                 f"{where} does not say which encoder its latents come from, so nothing may decode them: import the "
                 "cache again with tokenizer=REFERENCE (or fingerprint=) if you know it"
