@@ -154,5 +154,11 @@ class Shard:
         return self.records[view][numbers].reshape(len(numbers), *self.layout.shape)
 
     def labels(self) -> np.ndarray:
-        """All class labels of this shard: int64 [n]."""
-        return self.records["cls"].astype(np.int64)
+        """All class labels of this shard: int64 [n]. UserError for one that is no number."""
+        try:
+            return self.records["cls"].astype(np.int64)
+        except ValueError as problem:
+            raise UserError(
+                f"{self.path}: a label is not a whole number ({problem}): the file is damaged; run "
+                "`python -m latent_cache verify`"
+            ) from None
