@@ -78,7 +78,7 @@ def test_two_processes_write_the_same_bytes_as_one(means, tokenizer, tmp_path):
 
 
 def test_a_build_killed_again_and_again_ends_with_the_same_bytes(means, tokenizer, tmp_path):
-    script = [sys.executable, str(Path(__file__).with_name("killed_build.py"))]
+    script = [sys.executable, str(Path(__file__).with_name("killed.py")), "build"]
     command = script + arguments(tokenizer, tmp_path / "cache")
     ended = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, check=True, capture_output=True, timeout=120)
     assert int(ended.stdout.split()[-1]) >= 5

@@ -6,11 +6,15 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from torchvision.datasets import DatasetFolder
 
 from latent_cache import LatentDataset
 from latent_cache import export as export_module
@@ -25,6 +29,8 @@ from ssdd.engine.files import read_json
 from ssdd.latent import LatentNorm
 from tests.latent_cache.straight import files
 from tests.latent_cache.synthetic import FINGERPRINT, make_cache
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def normal(*shape, seed=0):
@@ -128,7 +134,9 @@ def test_mar_gets_moments_of_both_views_in_a_folder_a_class(posterior_cache, tmp
     for key, view in (("moments", 0), ("moments_flip", 1)):
         means, logvars, _ = stored(posterior_cache, view)
         assert np.allclose(found[key], np.concatenate([means[13], logvars[13]]), atol=1e-6)
-    assert len(list((tmp_path / "out").rglob("*.npz"))) == 50
+    tree = DatasetFolder(tmp_path / "out", loader=np.load, extensions=(".npz",))  # as MAR reads it
+    numbers = [int(Path(path).stem) for path, _ in tree.samples]
+    assert sorted(numbers) == list(range(50)) and tree.targets == labels[numbers].tolist()
 
 
 def test_folders_of_classes_that_do_not_sort_are_numbered():
@@ -188,6 +196,25 @@ def test_an_interrupted_export_goes_on_and_ends_with_the_same_bytes(posterior_ca
     assert len(calls) == 4
     assert files(tmp_path / "out") == files(tmp_path / "straight")
     assert sorted(os.listdir(tmp_path)) == ["out", "straight"]
+
+
+@pytest.mark.parametrize("layout", ["fast-dit", "repa"])
+def test_an_export_and_an_import_killed_again_and_again_end_with_the_same_bytes(mean_cache, tmp_path, layout):
+    there, back = tmp_path / "there", tmp_path / "back"
+    export(ExportConfig(str(mean_cache), layout, str(tmp_path / "straight")))
+    killed("export", f"cache={mean_cache}", f"format={layout}", f"out={there}")
+    assert files(there) == files(tmp_path / "straight")
+    import_latents(ImportConfig(layout, str(there), str(tmp_path / "straight_back"), samples_per_shard=5))
+    killed("import", f"format={layout}", f"source={there}", f"out={back}", "samples_per_shard=5")
+    assert files(back) == files(tmp_path / "straight_back")
+
+
+def killed(*arguments):
+    """Run a command whose processes are killed, more and more of its work later, until one ends."""
+    script = [sys.executable, str(Path(__file__).with_name("killed.py")), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(script, env=environment, check=True, capture_output=True, timeout=120)
+    assert int(ended.stdout.split()[-1]) >= 5
 
 
 def test_a_folder_in_the_way_is_left_alone(mean_cache, tmp_path):

@@ -1,7 +1,7 @@
-"""Script: build a cache in child processes that SIGKILL themselves at ever other moments, until one of them ends.
+"""Script: run a command in child processes that SIGKILL themselves at ever other moments, until one of them ends.
 
-Usage: killed_build.py key=value ... (as for `python -m latent_cache build`). A moment is a sync or a rename: between
-two of them nothing durable happens. Prints the number of killed processes.
+Usage: killed.py COMMAND key=value ... (as for `python -m latent_cache`). A moment is a sync or a rename: between two of
+them nothing durable happens. Prints the number of killed processes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import sklearn.datasets  # noqa: F401  (imported once here, not in every child)
 
 import latent_cache.build  # noqa: F401
+import latent_cache.export  # noqa: F401
+import latent_cache.importing  # noqa: F401
 from latent_cache.__main__ import main
 
 
@@ -30,20 +32,20 @@ def deadly(operation: Callable[..., Any], calls_left: list[int]) -> Callable[...
     return call
 
 
-def build_until_killed(arguments: list[str], moment: int) -> int:
-    """Wait status of a child that builds until its `moment`th sync or rename."""
+def run_until_killed(arguments: list[str], moment: int) -> int:
+    """Wait status of a child that works until its `moment`th sync or rename."""
     child = os.fork()
     if child == 0:
         calls_left = [moment]
         os.fsync, os.replace = deadly(os.fsync, calls_left), deadly(os.replace, calls_left)
-        os._exit(main(["build", *arguments]))
+        os._exit(main(arguments))
     return os.waitpid(child, 0)[1]
 
 
 if __name__ == "__main__":
     killed = 0
-    while (status := build_until_killed(sys.argv[1:], 7 + 5 * killed)) != 0:
+    while (status := run_until_killed(sys.argv[1:], 7 + 5 * killed)) != 0:
         if not os.WIFSIGNALED(status):
-            sys.exit(f"the build failed after {killed} kills")
+            sys.exit(f"the command failed after {killed} kills")
         killed += 1
     print(killed)
