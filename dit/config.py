@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dit.interop import FAMILIES
 from dit.model import NAMES
 from latent_cache.config import adm_images
 from ssdd.engine.precision import PRECISIONS
@@ -87,7 +88,10 @@ class SamplingConfig:
     """Drawing latents from a trained generator."""
 
     checkpoint: str | None = None
-    """Checkpoint reference: run, run@last, run@best, folder or weights file (default: run_name). EMA weights."""
+    """Checkpoint reference: run, run@last, run@best, folder or weights file (default: run_name). EMA weights. Files of
+    DiT, SiT, REPA and LightningDiT (.pt, .safetensors) are read too."""
+    family: str | None = field(default=None, metadata={"choices": tuple(FAMILIES)})
+    """Whose code trained such a file, where it doesn't tell."""
     n: int = 10_000
     """Number of samples."""
     seed: int = 0

@@ -272,6 +272,6 @@ def read_config(file: Path) -> dict[str, Any] | None:
     try:
         with safe_open(file, framework="pt") as handle:
             config = (handle.metadata() or {}).get("dit")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file ({error}); copy or train it again") from None
     return None if config is None else json.loads(config)
