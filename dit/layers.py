@@ -1,6 +1,9 @@
 """Layers of the diffusion transformers: DiT's (Peebles & Xie 2022) and LightningDiT's (Yao et al. 2025) options.
 
-Parameter names and shapes are those of facebookresearch/DiT, SiT and LightningDiT.
+Parameter names and shapes are those of facebookresearch/DiT, SiT and LightningDiT. DiT's layers are proved against
+reference outputs. LightningDiT's follow its published equations and state dict; where names and shapes leave a choice
+(rows before columns in the rotary embedding, the order of the four parts without shifts, which norm qk-norm is), the
+docstrings say what was taken, and no reference output of LightningDiT has confirmed it yet.
 """
 
 from __future__ import annotations

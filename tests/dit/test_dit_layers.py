@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from dit.config import DiTConfig
 from dit.layers import Attention, DiTBlock, RotaryEmbedding, SwiGLU, resize_positions, sincos_position_table
 from dit.model import SIZES, DiT
 from dit.train import run as train
+from ssdd.engine.config import parse
 from ssdd.engine.errors import UserError
 from tests.golden import fill_state_dict
 
@@ -151,6 +153,11 @@ def test_a_model_with_options_trains_and_its_averaged_weights_load(settings):
     model = DiT.from_pretrained(cfg.run_name, cfg.ckpt_dir)  # averages hold no buffers
     assert all(model.config[option] for option in EVERYTHING)
     torch.testing.assert_close(model.feat_rope.freqs_cos, RotaryEmbedding(model.grid, 64).freqs_cos)
+
+
+def test_the_block_of_the_configs_is_lightningdit_s_network():
+    cfg = parse(DiTConfig, ["+blocks=lightningdit", "model.name=DiT-B/1"], program="dit", description="")
+    assert {key for key in EVERYTHING if getattr(cfg.model, key)} == set(LIGHTNING)
 
 
 def test_a_head_that_rotary_pairs_do_not_divide_is_a_user_error():
