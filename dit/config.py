@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dit.interop import FAMILIES
 from dit.model import NAMES
 from latent_cache.config import adm_images
 from ssdd.engine.precision import PRECISIONS
@@ -21,7 +22,17 @@ class ModelConfig:
     class_dropout: float = 0.1
     """Share of training labels replaced by the null class; 0 builds a model without one, and without guidance."""
     time_scale: float = 1000.0
-    """What t in [0, 1] is multiplied by before the network sees it; SiT files use 1."""
+    """What t in [0, 1] is multiplied by before the network sees it; only with 1 can SiT's code run it (export_dit)."""
+    qk_norm: bool = False
+    """Normalise queries and keys, which keeps long training in bf16 from diverging."""
+    rms_norm: bool = False
+    """RMSNorm with a learned scale instead of LayerNorm (LightningDiT)."""
+    swiglu: bool = False
+    """Gated MLP of as many parameters (LightningDiT)."""
+    rope: bool = False
+    """Rotary embedding of row and column in the attention, beside the position table (LightningDiT)."""
+    wo_shift: bool = False
+    """adaLN without shifts (LightningDiT)."""
 
 
 @dataclass
@@ -77,7 +88,10 @@ class SamplingConfig:
     """Drawing latents from a trained generator."""
 
     checkpoint: str | None = None
-    """Checkpoint reference: run, run@last, run@best, folder or weights file (default: run_name). EMA weights."""
+    """Checkpoint reference: run, run@last, run@best, folder or weights file (default: run_name). EMA weights. Files of
+    DiT, SiT, REPA and LightningDiT (.pt, .safetensors) are read too."""
+    family: str | None = field(default=None, metadata={"choices": tuple(FAMILIES)})
+    """Whose code trained such a file, where it doesn't tell."""
     n: int = 10_000
     """Number of samples."""
     seed: int = 0

@@ -44,11 +44,13 @@ def guided_velocity(
         # Reading t costs a device sync, so only an interval that excludes something reads it.
         guide = cfg_scale != 1.0 and (tuple(interval) == FULL_INTERVAL or low <= float(t) <= high)
         rows = 2 * len(y) if guide else len(y)
-        times = (t.to(x_t) * model.time_scale).expand(rows)
+        t = t.to(x_t)
+        x_in, time = model.convention.inputs(x_t, t)
+        times = time.expand(rows)
         if guide:
-            out = model.forward_with_cfg(x_t.repeat(2, 1, 1, 1), times, doubled, cfg_scale, cfg_channels)[: len(y)]
+            out = model.forward_with_cfg(x_in.repeat(2, 1, 1, 1), times, doubled, cfg_scale, cfg_channels)[: len(y)]
         else:
-            out = model(x_t, times, y)
-        return out[:, : model.in_channels].float()
+            out = model(x_in, times, y)
+        return model.convention.velocity(out[:, : model.in_channels].float(), x_t, t)
 
     return velocity

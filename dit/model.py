@@ -1,26 +1,38 @@
-"""The DiT network (Peebles & Xie, "Scalable Diffusion Models with Transformers"): sizes, layers, state dict, files.
+"""The DiT network (Peebles & Xie, "Scalable Diffusion Models with Transformers"): sizes, options, state dict, files.
 
-Keys and shapes of the state dict are those of facebookresearch/DiT and SiT. The network is raw: `t` is what its
-checkpoint expects (0..999 for DiT, [0, 1] for SiT, 1000 t for ours); whoever integrates multiplies by `time_scale`.
-Label dropout is the trainer's business: the null class is simply label `num_classes`.
+Keys and shapes of the state dict are those of facebookresearch/DiT and SiT, and with the options of LightningDiT those
+of LightningDiT. The network is raw: `t` is what its checkpoint expects (0..999 for DiT, [0, 1] for SiT, 1000 t for
+ours); whoever integrates asks its `convention`. Label dropout is the trainer's business: the null class is simply label
+`num_classes`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dit.convention import NAMES as CONVENTIONS
+from dit.convention import convention as convention_named
+from dit.layers import (
+    DiTBlock,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    RotaryEmbedding,
+    TimestepEmbedder,
+    resize_positions,
+    sincos_position_table,
+)
 from ssdd.engine.checkpoint import load_tensors, resolve, save_tensors
 from ssdd.engine.errors import UserError
 
-# name: (depth, width, heads). S to XL are the paper's (table 1); XXS and XS are ours, for digits on a laptop.
+# name: (depth, width, heads). S to XL are the paper's (table 1), 1p0B and 1p6B LightningDiT's (1.0 and 1.6 billion
+# parameters); XXS and XS are ours, for digits on a laptop.
 SIZES = {
     "XXS": (4, 128, 2),
     "XS": (6, 192, 3),
@@ -28,128 +40,11 @@ SIZES = {
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
+    "1p0B": (24, 1536, 24),
+    "1p6B": (28, 1792, 28),
 }
 PATCH_SIZES = (1, 2, 4, 8)
 NAMES = tuple(f"DiT-{size}/{patch}" for size in SIZES for patch in PATCH_SIZES)
-
-
-def sincos_position_table(height: int, width: int, dim: int) -> Tensor:
-    """Fixed 2-D sine-cosine position table, float32 [1, height * width, dim], tokens row by row.
-
-    The first half of the channels encodes the column, the second the row; each half is [sin, cos]. `dim` divides by 4.
-    """
-    frequencies = 10000.0 ** -(np.arange(dim // 4, dtype=np.float64) / (dim // 4))
-
-    def axis(positions: np.ndarray) -> np.ndarray:  # [T] -> [T, dim / 2]
-        angles = positions.reshape(-1, 1) * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-    row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    table = np.concatenate([axis(column.astype(np.float64)), axis(row.astype(np.float64))], axis=1)
-    return torch.from_numpy(table.astype(np.float32)).unsqueeze(0)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift for tokens x [B, T, h] and one shift and scale [B, h] a sample."""
-    return torch.addcmul(shift.unsqueeze(1), x, (1 + scale).unsqueeze(1))
-
-
-class PatchEmbed(nn.Module):
-    """Latent [B, C, H, W] to tokens [B, (H/p) (W/p), h], row by row."""
-
-    def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TimestepEmbedder(nn.Module):
-    """Times [B] to [B, h]: 256 sinusoids (cosines first, periods up to 10000) and a two-layer MLP."""
-
-    def __init__(self, width: int, frequency_dim: int = 256) -> None:
-        super().__init__()
-        self.frequency_dim = frequency_dim
-        self.mlp = nn.Sequential(nn.Linear(frequency_dim, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        half = self.frequency_dim // 2
-        # float32 whatever the module's dtype: bfloat16 cannot tell 871 from 872.
-        frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000.0) / half))
-        angles = t.float().unsqueeze(1) * frequencies
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """Class labels [B] to [B, h]; the last row, if there is one more than classes, is the null class."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(rows, width)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over all tokens."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, T, h / heads]
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning (DiT section 3.2)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, 4 * width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = torch.addcmul(x, gate_attn.unsqueeze(1), self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
-        return torch.addcmul(x, gate_mlp.unsqueeze(1), self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
-
-
-class FinalLayer(nn.Module):
-    """Tokens [B, T, h] to output patches [B, T, p p O], channels fastest."""
-
-    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class DiT(nn.Module):
@@ -158,6 +53,10 @@ class DiT(nn.Module):
     `input_size` is the latent's side or (height, width) and divides by the patch size. With `learn_sigma` the output
     has 2 C channels, of which a flow model uses the first C. `null_class` adds a row `num_classes` to the label table
     for unconditional prediction. `config` holds the constructor's arguments, as JSON values.
+
+    Options, off in DiT: `qk_norm` (normalised queries and keys, against divergence in bfloat16), `rms_norm`, `swiglu`
+    and `rope` (LightningDiT has these three on; the additive position table stays beside `rope`), `wo_shift` (adaLN
+    without shifts). `convention` says what times and outputs mean, `time_scale` what t in [0, 1] is multiplied by.
     """
 
     def __init__(
@@ -173,6 +72,12 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         null_class: bool = True,
         time_scale: float = 1000.0,
+        convention: str = "flow",
+        qk_norm: bool = False,
+        rms_norm: bool = False,
+        swiglu: bool = False,
+        rope: bool = False,
+        wo_shift: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__()
@@ -184,6 +89,10 @@ class DiT(nn.Module):
             )
         if width % heads or width % 4:
             raise UserError(f"{name or 'DiT'}: width {width} must divide by its {heads} heads and by 4.")
+        if rope and width // heads % 4:
+            raise UserError(f"{name or 'DiT'}: rope needs {width} / {heads} channels a head to divide by 4.")
+        if convention not in CONVENTIONS:
+            raise UserError(f"{name or 'DiT'}: convention={convention!r} is none of {', '.join(CONVENTIONS)}.")
         self.config = {
             "name": name,
             "depth": depth,
@@ -196,9 +105,16 @@ class DiT(nn.Module):
             "learn_sigma": learn_sigma,
             "null_class": null_class,
             "time_scale": float(time_scale),
+            "convention": convention,
+            "qk_norm": qk_norm,
+            "rms_norm": rms_norm,
+            "swiglu": swiglu,
+            "rope": rope,
+            "wo_shift": wo_shift,
         }
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.learn_sigma, self.null_class, self.time_scale = learn_sigma, null_class, float(time_scale)
+        self.convention = convention_named(convention, self.time_scale)
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (height // patch_size, breadth // patch_size)
 
@@ -206,8 +122,10 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes + null_class, width)
         self.pos_embed = nn.Parameter(sincos_position_table(*self.grid, width), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch_size, self.out_channels)
+        self.feat_rope = RotaryEmbedding(self.grid, width // heads) if rope else None
+        options = {"qk_norm": qk_norm, "rms_norm": rms_norm, "swiglu": swiglu, "wo_shift": wo_shift}
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, **options) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch_size, self.out_channels, rms_norm)
         self.initialise()
 
     def initialise(self) -> None:
@@ -231,7 +149,7 @@ class DiT(nn.Module):
         tokens = self.x_embedder(x) + self.pos_embed  # [B, T, h]
         c = self.t_embedder(t) + self.y_embedder(y)  # [B, h]
         for block in self.blocks:
-            tokens = block(tokens, c)
+            tokens = block(tokens, c, self.feat_rope)
         return self.unpatchify(self.final_layer(tokens, c))
 
     def forward_with_cfg(
@@ -264,10 +182,12 @@ class DiT(nn.Module):
         in_channels: int = 4,
         num_classes: int = 1000,
         learn_sigma: bool = True,
-        null_class: bool = True,
-        time_scale: float = 1000.0,
+        **options: Any,
     ) -> DiT:
-        """A freshly initialised model of a named size, e.g. "DiT-XL/2"; UserError lists the names there are."""
+        """A freshly initialised model of a named size, e.g. "DiT-XL/2"; UserError lists the names there are.
+
+        `options` are further arguments of the constructor, such as null_class, time_scale or rope.
+        """
         if name not in NAMES:
             raise UserError(f"model.name={name!r} is not a DiT; choose one of {', '.join(NAMES)}.")
         size, patch = name.removeprefix("DiT-").split("/")
@@ -281,9 +201,8 @@ class DiT(nn.Module):
             in_channels=in_channels,
             num_classes=num_classes,
             learn_sigma=learn_sigma,
-            null_class=null_class,
-            time_scale=time_scale,
             name=name,
+            **options,
         )
 
     def metadata(self) -> dict[str, str]:
@@ -297,22 +216,62 @@ class DiT(nn.Module):
         return path
 
     @classmethod
-    def from_pretrained(cls, reference: str | Path, ckpt_dir: str | Path = "runs") -> DiT:
+    def from_pretrained(
+        cls, reference: str | Path, ckpt_dir: str | Path = "runs", input_size: int | tuple[int, int] | None = None
+    ) -> DiT:
         """Load a model of ours, in eval mode on the CPU, from a file, a folder (EMA weights preferred) or a run name.
 
+        `input_size` asks for latents of another size than it was trained on: its position tables are made for the new
+        grid (`resize_positions`; rotary ones are computed). `dit.interop.load_dit` reads other people's files.
         UserError when there is no such file, it carries no DiT config, or its weights are not those of its config.
         """
         file = resolve(str(reference), ckpt_dir)
-        weights = load_tensors(file)
-        with safe_open(file, framework="pt") as handle:
-            config = (handle.metadata() or {}).get("dit")
+        config = read_config(file)
         if config is None:
-            raise UserError(f"{file} has no DiT config in its metadata: this project's DiT trainer did not write it.")
+            raise UserError(
+                f"{file} has no DiT config in its metadata: this project's DiT trainer did not write it. Checkpoints "
+                "of DiT, SiT, REPA and LightningDiT are read by dit.interop.load_dit, and by task=sample."
+            )
+        return cls.from_weights(config, load_tensors(file), file, input_size)
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: dict[str, Any],
+        weights: dict[str, Tensor],
+        source: str | Path,
+        input_size: int | tuple[int, int] | None = None,
+    ) -> DiT:
+        """A model of the constructor's arguments `config` that holds `weights`, in eval mode; see `from_pretrained`.
+
+        UserError, naming `source`, when the weights are not those of the config.
+        """
         with torch.device("meta"):
-            model = cls(**json.loads(config))
+            model = trained = cls(**config)
+            if input_size is not None:
+                model = cls(**{**config, "input_size": input_size})
+        # Averaged weights are without buffers, and those of another grid don't fit: both take the computed ones.
+        rotary = {key: value for key, value in model.state_dict().items() if key.startswith("feat_rope.")}
+        if model.grid == trained.grid:
+            weights = {**rotary, **weights}
+        elif "pos_embed" in weights and weights["pos_embed"].shape == trained.pos_embed.shape:
+            weights = {**weights, **rotary}
+            weights["pos_embed"] = resize_positions(weights["pos_embed"], trained.grid, model.grid)
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            raise UserError(f"{file} does not hold the weights that its own config describes: {error}") from error
+            raise UserError(f"{source} does not hold the weights that its own config describes: {error}") from error
         model.pos_embed.requires_grad_(False)
         return model.eval()
+
+
+def read_config(file: Path) -> dict[str, Any] | None:
+    """The constructor's arguments in the metadata of a safetensors file of ours, None in any other weights file."""
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(file, framework="pt") as handle:
+            config = (handle.metadata() or {}).get("dit")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error}); copy or train it again") from None
+    return None if config is None else json.loads(config)

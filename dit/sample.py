@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dit.config import DiTConfig, SamplingConfig
 from dit.guidance import guided_velocity
+from dit.interop import load_dit
 from dit.model import DiT
 from ssdd.engine.checkpoint import load_tensors, resolve, save_tensors
 from ssdd.engine.errors import UserError
@@ -60,12 +61,13 @@ def run(cfg: DiTConfig) -> Path:
         raise UserError("sampling.n, sampling.batch_size and sampling.steps must be at least 1.")
     reference = sampling.checkpoint or cfg.run_name
     weights = resolve(reference, cfg.ckpt_dir)
-    model = DiT.from_pretrained(weights).to(state.device)
+    model = load_dit(weights, sampling.family).to(state.device)
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt_dir) / "jobs" / cfg.run_name / "samples"
     chunk_size = min(sampling.batch_size, sampling.n)
     precision = mixed_precision(sampling.mixed_precision, state.device)
     request = {
         "weights": sha256_file(weights),
+        "convention": model.config["convention"],
         "seed": sampling.seed,
         "balanced": sampling.balanced,
         "steps": sampling.steps,
@@ -134,8 +136,10 @@ def _merge(out: Path, chunks: Path, starts: range, n: int) -> None:
 
 
 def _describe(out: Path, request: dict, model: DiT, weights: Path, reference: str, n: int) -> None:
-    with safe_open(weights, framework="pt") as handle:
-        trained_on = json.loads(handle.metadata().get("trained_on", "{}"))
+    trained_on = {}
+    if weights.suffix == ".safetensors":  # other people's torch files record nothing of the kind
+        with safe_open(weights, framework="pt") as handle:
+            trained_on = json.loads((handle.metadata() or {}).get("trained_on", "{}"))
     if "z_stats" in trained_on:
         write_json(out / "z_stats.json", trained_on["z_stats"])
     description = {

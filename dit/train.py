@@ -250,6 +250,11 @@ def _new_network(cfg: DiTConfig, cache: LatentDataset) -> DiT:
             learn_sigma=cfg.model.learn_sigma,
             null_class=cfg.model.class_dropout > 0,
             time_scale=cfg.model.time_scale,
+            qk_norm=cfg.model.qk_norm,
+            rms_norm=cfg.model.rms_norm,
+            swiglu=cfg.model.swiglu,
+            rope=cfg.model.rope,
+            wo_shift=cfg.model.wo_shift,
         )
     except UserError as error:
         raise UserError(f"model.name={cfg.model.name} does not fit the cache {cfg.cache}: {error}") from None
