@@ -97,7 +97,7 @@ class SamplingConfig:
     atol: float = 1e-5
     """adaptive: absolute error of a step allowed."""
     sde_diffusion: str = field(default="sigma", metadata={"choices": tuple(DIFFUSIONS)})
-    """sde: diffusion coefficient w(t); sigma is 2 t (the default of SiT and REPA), sine is 2 sin^2(pi t)."""
+    """sde: diffusion coefficient w(t); sigma is 2 t (the form of SiT's default), sine is 2 sin^2(pi t)."""
     sde_scale: float = 1.0
     """sde: factor of w(t); 0 leaves the ODE."""
     sde_last_step: float = 0.04

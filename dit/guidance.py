@@ -101,7 +101,7 @@ def split_by_interval(
 ) -> list[tuple[bool, list[float]]]:
     """The grid cut into pieces of steps inside `interval` (True) and outside, neighbouring pieces sharing a point.
 
-    A step t_i -> t_{i+1} is inside when low < t_i <= high (Kynkäänniemi et al. 2024, equation 5), for all evaluations
+    A step t_i -> t_{i+1} is inside when low < t_i <= high (as in Kynkäänniemi et al. 2024), for all evaluations
     of its solver; times compare as the float32 numbers that grids hold.
     UserError when the interval is not one.
     """

@@ -24,7 +24,7 @@ DIFFUSIONS = {
     "sigma": lambda t: 2 * t,
     "sine": lambda t: 2 * math.sin(math.pi * t) ** 2,
 }
-"""Diffusion coefficients w(t) of `sde`. `sigma` is what SiT's code and REPA use (SiT writes w / 2 = t)."""
+"""Diffusion coefficients w(t) of `sde`; `sigma` is SiT's default form, the noise level t, counted as w / 2."""
 
 
 def heun(velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callback | None = None) -> Tensor:
@@ -56,7 +56,7 @@ def sde(
     diffusion: str = "sigma",
     scale: float = 1.0,
 ) -> Tensor:
-    """Euler-Maruyama on a reverse SDE with the marginals of the ODE (SiT section 2.4); one evaluation a step.
+    """Euler-Maruyama on a reverse SDE with the marginals of the ODE (as in SiT); one evaluation a step.
 
     In reversed time r = 1 - t the ODE is dx = v dr. Adding Langevin dynamics of p_t at any rate w(t) >= 0 changes no
     marginal, because its drift (w / 2) s with the score s = grad log p_t cancels its diffusion in the Fokker-Planck
@@ -65,8 +65,7 @@ def sde(
         dx = (v + (w / 2) s) dr + sqrt(w) dW,    s = -E[eps | x_t] / t,    E[eps | x_t] = x_t - (1 - t) v.
 
     w is `scale` times `DIFFUSIONS[diffusion]`; 0 is Euler's solver. Each step takes the next standard normal tensor of
-    `noise`, except a step into t = 0: that one is deterministic and ends at E[x | x_t] = x_t + t v. (SiT and REPA keep
-    the score's drift in it, which subtracts the noise once more.)
+    `noise`, except a step into t = 0: that one is deterministic and ends at E[x | x_t] = x_t + t v.
     """
     x = x.float()
     for i, dt in enumerate(step_lengths(grid)):
@@ -86,8 +85,8 @@ def sde(
 def sde_grid(steps: int, shift: float = 1.0, last_step: float = 0.04) -> list[float]:
     """steps + 1 times from 1 to `last_step` and then 0, for `sde`; float32 numbers.
 
-    The noise of an Euler-Maruyama step near t = 0 is as large as t itself, so SiT and REPA go from 0.04 to the data in
-    one deterministic step.
+    The noise of an Euler-Maruyama step near t = 0 is as large as t itself, so the last step is deterministic
+    and, as in SiT, begins at 0.04.
     """
     if steps == 1:
         return [1.0, 0.0]
