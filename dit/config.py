@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from dit.interop import FAMILIES
 from dit.model import NAMES
+from dit.samplers import DIFFUSIONS
+from dit.samplers import NAMES as SAMPLERS
 from latent_cache.config import adm_images
 from ssdd.engine.precision import PRECISIONS
 from ssdd.engine.sources import DatasetConfig
@@ -98,20 +100,38 @@ class SamplingConfig:
     """Sample i depends on the seed and i alone."""
     balanced: bool = True
     """Sample i is of class i modulo the number of classes; false draws classes at random."""
+    sampler: str = field(default="euler", metadata={"choices": SAMPLERS})
+    """Solver: euler and heun (second order) of the ODE, adaptive (Dormand-Prince 5(4)), or sde (Euler-Maruyama)."""
     steps: int = 50
-    """Euler steps, each one network evaluation (two rows a sample where guidance is on)."""
+    """Steps of the grid (not adaptive): as many evaluations of the network for euler and sde, 2 steps - 1 for heun."""
     shift: float = 1.0
-    """Time shift s of the grid, t -> s t / (1 + (s - 1) t); above 1 is finer near the noise."""
+    """Time shift s of the grid, t -> s t / (1 + (s - 1) t); above 1 is finer near the noise. Not for adaptive."""
+    rtol: float = 1e-3
+    """adaptive: error of a step allowed relative to the state, for each sample by itself."""
+    atol: float = 1e-5
+    """adaptive: absolute error of a step allowed."""
+    sde_diffusion: str = field(default="sigma", metadata={"choices": tuple(DIFFUSIONS)})
+    """sde: diffusion coefficient w(t); sigma is 2 t (the form of SiT's default), sine is 2 sin^2(pi t)."""
+    sde_scale: float = 1.0
+    """sde: factor of w(t); 0 leaves the ODE."""
+    sde_last_step: float = 0.04
+    """sde: time at which the last step begins, which is deterministic and leads to t = 0."""
     cfg_scale: float = 1.5
-    """Guidance scale; 1 is no guidance."""
+    """Scale of classifier-free guidance; 1 is none. Each evaluation then has two rows a sample."""
     cfg_channels: int | None = None
-    """Guide the first channels only (3 reproduces DiT's and SiT's tables); null guides all."""
+    """Classifier-free guidance of the first channels only (3 reproduces DiT's and SiT's tables); null guides all."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """Times between which guidance is on; outside it the unconditional half is not computed."""
+    """Steps that begin at low < t <= high are guided, by either method; what guidance needs is not computed outside."""
+    guide: str | None = None
+    """Checkpoint reference of a weaker model of the same latents, for autoguidance (smaller, or trained for less)."""
+    guide_scale: float = 1.0
+    """Scale of autoguidance. Its correction and that of classifier-free guidance add; for it alone set cfg_scale=1."""
     batch_size: int = 256
     """Samples drawn together and kept as one chunk, which is what an interrupted run does not repeat."""
     mixed_precision: str = field(default="no", metadata={"choices": PRECISIONS})
     """Autocast of the network; the solver's state stays float32."""
+    compile: bool = False
+    """torch.compile the network for its fixed shapes: one with guidance and one without."""
 
 
 @dataclass

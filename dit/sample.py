@@ -8,9 +8,12 @@ labels int64 [n]), `z_stats.json` (to denormalise them) and `sample_set.json`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +22,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dit.config import DiTConfig, SamplingConfig
-from dit.guidance import guided_velocity
+from dit.guidance import guided_velocity, interval_grid, split_by_interval
 from dit.interop import load_dit
 from dit.model import DiT
+from dit.samplers import adaptive, heun, sde, sde_grid
 from ssdd.engine.checkpoint import load_tensors, resolve, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file, sha256_json, write_json
@@ -39,41 +43,62 @@ def sample_labels(indices: Iterable[int], num_classes: int, seed: int, balanced:
 
 
 @torch.inference_mode()
-def draw(model: DiT, indices: Iterable[int], labels: Tensor, cfg: SamplingConfig) -> Tensor:
+def draw(model: DiT, indices: Iterable[int], labels: Tensor, cfg: SamplingConfig, guide: DiT | None = None) -> Tensor:
     """Normalised latents z_n of the given sample indices and labels [n]: float32 [n, C, h, w] on the CPU.
 
-    Uses `cfg`'s seed, steps, shift and guidance; the model is used as it is (device, eval mode, autocast around).
+    Uses `cfg`'s seed, sampler and guidance; the models are used as they are (device, eval mode, autocast around). All
+    noise is that of (seed, step, index). The host waits for the device once, at the end (sampler=adaptive: every step).
     """
-    device = model.pos_embed.device
-    shape = (model.in_channels, *model.config["input_size"])
-    noise = indexed_noise(list(indices), shape, cfg.seed, stream="dit.sample").to(device)
-    velocity = guided_velocity(
-        model, labels.to(device), cfg.cfg_scale, cfg_channels=cfg.cfg_channels, interval=tuple(cfg.cfg_interval)
+    indices, shape, device = list(indices), latent_shape(model), next(model.parameters()).device
+    labels = labels.to(device)
+    plain = guided_velocity(model, labels)
+    guided = guided_velocity(
+        model, labels, cfg.cfg_scale, cfg_channels=cfg.cfg_channels, guide=guide, guide_scale=cfg.guide_scale
     )
-    return euler(velocity, noise, time_grid(cfg.steps, power=1.0, shift=cfg.shift)).cpu()
+    interval = tuple(cfg.cfg_interval)
+    if cfg.sampler == "adaptive":
+        grid, solver = interval_grid(interval), partial(adaptive, rtol=cfg.rtol, atol=cfg.atol)
+    elif cfg.sampler == "sde":
+        grid = sde_grid(cfg.steps, cfg.shift, cfg.sde_last_step)
+        draws = (_noise(indices, shape, cfg.seed, f"dit.sde.{i}", device) for i in itertools.count())
+        solver = partial(sde, noise=draws, diffusion=cfg.sde_diffusion, scale=cfg.sde_scale)
+    else:
+        grid, solver = time_grid(cfg.steps, power=1.0, shift=cfg.shift), {"euler": euler, "heun": heun}[cfg.sampler]
+    x = _noise(indices, shape, cfg.seed, "dit.sample", device)
+    for inside, piece in split_by_interval(grid, interval):
+        x = solver(guided if inside else plain, x, piece)
+    return x.cpu()
+
+
+def latent_shape(model: DiT) -> tuple[int, int, int]:
+    """(C, h, w) of the latents that a model was built for."""
+    return model.in_channels, *model.config["input_size"]
+
+
+def _noise(indices: list[int], shape: Sequence[int], seed: int, stream: str, device: torch.device) -> Tensor:
+    """indexed_noise on the device, where an asynchronous copy of pinned memory does not stop the host."""
+    noise = indexed_noise(indices, shape, seed, stream)
+    return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
 
 
 def run(cfg: DiTConfig) -> Path:
     """Draw `sampling.n` latents into `out`, which is returned; continues an interrupted set, keeps a finished one."""
     state = PartialState(cpu=not torch.accelerator.is_available())
     sampling = cfg.sampling
-    if sampling.n < 1 or sampling.batch_size < 1 or sampling.steps < 1:
-        raise UserError("sampling.n, sampling.batch_size and sampling.steps must be at least 1.")
+    _check(sampling)
     reference = sampling.checkpoint or cfg.run_name
     weights = resolve(reference, cfg.ckpt_dir)
     model = load_dit(weights, sampling.family).to(state.device)
+    guide_weights = resolve(sampling.guide, cfg.ckpt_dir) if sampling.guide else None
+    guide = None if guide_weights is None else load_guide(guide_weights, weights, model, sampling.family)
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt_dir) / "jobs" / cfg.run_name / "samples"
     chunk_size = min(sampling.batch_size, sampling.n)
     precision = mixed_precision(sampling.mixed_precision, state.device)
     request = {
+        **{key: value for key, value in asdict(sampling).items() if key not in ("checkpoint", "n", "batch_size")},
         "weights": sha256_file(weights),
         "convention": model.config["convention"],
-        "seed": sampling.seed,
-        "balanced": sampling.balanced,
-        "steps": sampling.steps,
-        "shift": sampling.shift,
-        "cfg_scale": sampling.cfg_scale,
-        "cfg_channels": sampling.cfg_channels,
+        "guide": guide_weights and sha256_file(guide_weights),
         "cfg_interval": list(sampling.cfg_interval),
         "chunk_size": chunk_size,
         "mixed_precision": precision,
@@ -86,6 +111,9 @@ def run(cfg: DiTConfig) -> Path:
     if state.is_main_process:
         _prepare(chunks, request)
     state.wait_for_everyone()
+    if sampling.compile:
+        for network in filter(None, (model, guide)):
+            network.compile(dynamic=False)
     starts = range(0, sampling.n, chunk_size)
     for start in starts[state.process_index :: state.num_processes]:
         file = chunks / f"{start:09d}.safetensors"
@@ -94,7 +122,7 @@ def run(cfg: DiTConfig) -> Path:
         indices = range(start, start + chunk_size)
         labels = sample_labels(indices, model.num_classes, sampling.seed, sampling.balanced)
         with torch.autocast(state.device.type, _DTYPES.get(precision), enabled=precision in _DTYPES):
-            z_n = draw(model, indices, labels, sampling)
+            z_n = draw(model, indices, labels, sampling, guide)
         if not torch.isfinite(z_n).all():
             raise UserError(f"samples {start} to {start + chunk_size - 1} of {weights} are not finite; was it trained?")
         save_tensors(file, {"z_n": z_n, "labels": labels})
@@ -106,6 +134,37 @@ def run(cfg: DiTConfig) -> Path:
         shutil.rmtree(chunks)
     state.wait_for_everyone()
     return out
+
+
+def load_guide(weights: Path, main_weights: Path, model: DiT, family: str | None = None) -> DiT:
+    """The weaker model of autoguidance, on the device of `model`; UserError unless both draw the same latents."""
+    guide = load_dit(weights, family)
+    shapes, classes = [latent_shape(guide), latent_shape(model)], [guide.num_classes, model.num_classes]
+    statistics = [_trained_on(file).get("z_stats") for file in (weights, main_weights)]
+    for difference, found in {
+        f"latents of {shapes[0]}, not {shapes[1]}": shapes[0] != shapes[1],
+        f"{classes[0]} classes, not {classes[1]}": classes[0] != classes[1],
+        "latents with other statistics (z_stats)": None not in statistics and statistics[0] != statistics[1],
+    }.items():
+        if found:
+            raise UserError(
+                f"sampling.guide={weights} was trained on {difference}; a guide of {main_weights} is a weaker model of "
+                "the same cache."
+            )
+    return guide.to(next(model.parameters()).device)
+
+
+def _check(cfg: SamplingConfig) -> None:
+    """UserError for numbers that no sampler can work with."""
+    if cfg.n < 1 or cfg.batch_size < 1 or cfg.steps < 1:
+        raise UserError("sampling.n, sampling.batch_size and sampling.steps must be at least 1.")
+    if cfg.shift <= 0 or cfg.rtol < 0 or cfg.atol < 0 or cfg.rtol + cfg.atol == 0:
+        raise UserError("sampling.shift, and sampling.rtol or sampling.atol, must be positive.")
+    if cfg.sde_scale < 0 or not 0 < cfg.sde_last_step < 1:
+        raise UserError("sampling.sde_scale must not be negative, and sampling.sde_last_step lies between 0 and 1.")
+    if cfg.guide and cfg.guide_scale == 1:
+        raise UserError(f"sampling.guide={cfg.guide} does nothing at sampling.guide_scale=1; 2 is a usual scale.")
+    split_by_interval([1.0, 0.0], tuple(cfg.cfg_interval))
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,11 +194,16 @@ def _merge(out: Path, chunks: Path, starts: range, n: int) -> None:
     save_tensors(out / "latents.safetensors", merged)
 
 
+def _trained_on(weights: Path) -> dict:
+    """What the trainer wrote about the cache into a weights file; torch files of other people have nothing of it."""
+    if weights.suffix != ".safetensors":
+        return {}
+    with safe_open(weights, framework="pt") as handle:
+        return json.loads((handle.metadata() or {}).get("trained_on", "{}"))
+
+
 def _describe(out: Path, request: dict, model: DiT, weights: Path, reference: str, n: int) -> None:
-    trained_on = {}
-    if weights.suffix == ".safetensors":  # other people's torch files record nothing of the kind
-        with safe_open(weights, framework="pt") as handle:
-            trained_on = json.loads((handle.metadata() or {}).get("trained_on", "{}"))
+    trained_on = _trained_on(weights)
     if "z_stats" in trained_on:
         write_json(out / "z_stats.json", trained_on["z_stats"])
     description = {
@@ -148,7 +212,7 @@ def _describe(out: Path, request: dict, model: DiT, weights: Path, reference: st
         "request": sha256_json(request),
         "checkpoint": reference,
         "model": model.config,
-        "latent_shape": [model.in_channels, *model.config["input_size"]],
+        "latent_shape": list(latent_shape(model)),
         "num_classes": model.num_classes,
         "class_names": trained_on.get("class_names"),
         "z_stats": "z_stats.json" if "z_stats" in trained_on else None,

@@ -1,6 +1,7 @@
-"""Flow matching on the straight path between data (t = 0) and noise (t = 1): path, time draws, time grids, solvers.
+"""Flow matching on the straight path between data (t = 0) and noise (t = 1): path, time draws, time grids, Euler.
 
 Path, solvers and networks know nothing of each other; the tokenizer's decoder and the generators share this file.
+The generators' other solvers are in dit/samplers.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x_t [B, ...], t scalar float32) -> v of the same shape as x_t."""
+"""(x_t [B, ...], t float32, a scalar or, from adaptive solvers, [B]) -> v of the same shape as x_t."""
+
+Callback = Callable[[int, Tensor], None]
+"""(i, x) after step i of a solver."""
 
 
 def expand_time(t: Tensor, x: Tensor) -> Tensor:
@@ -34,6 +38,15 @@ def velocity_target(x: Tensor, eps: Tensor) -> Tensor:
 def predict_data(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """x_0 = x_t + t v, the data end of the straight line through x_t."""
     return x_t + expand_time(t, x_t) * v
+
+
+def predict_noise(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
+    """eps = x_t - (1 - t) v, the noise end of the straight line through x_t.
+
+    With v = E[x - eps | x_t] this is E[eps | x_t], and the score of p_t is -E[eps | x_t] / t, since
+    p(x_t | x) = N((1 - t) x, t^2 I) has the score ((1 - t) x - x_t) / t^2 = -eps / t.
+    """
+    return x_t - (1 - (expand_time(t, x_t) if isinstance(t, Tensor) else t)) * v
 
 
 def logit_normal_t(n: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -63,33 +76,15 @@ def step_lengths(grid: Sequence[float]) -> list[float]:
     return (-np.diff(np.asarray(grid, np.float32))).tolist()
 
 
-def euler(
-    velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callable[[int, Tensor], None] | None = None
-) -> Tensor:
+def euler(velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callback | None = None) -> Tensor:
     """First-order solver: x <- x + v(x, t_i) (t_i - t_{i+1}) along `grid`; one evaluation a step.
 
-    The state stays in float32 whatever the network's dtype. `callback(i, x)` sees the state after step i.
+    The state stays in float32 whatever the network's dtype. `callback(i, x)` sees the state after step i. Times are
+    numbers of the host: on a GPU each becomes a fill kernel, so that no step waits for the device.
     """
     x = x.float()
     for i, dt in enumerate(step_lengths(grid)):
         x = torch.add(x, velocity(x, x.new_full((), grid[i])).float(), alpha=dt)
-        if callback is not None:
-            callback(i, x)
-    return x
-
-
-def heun(
-    velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callable[[int, Tensor], None] | None = None
-) -> Tensor:
-    """Second-order solver (explicit trapezoid); two evaluations a step, one on the last step into t = 0."""
-    x = x.float()
-    for i, dt in enumerate(step_lengths(grid)):
-        v = velocity(x, x.new_full((), grid[i])).float()
-        x_next = torch.add(x, v, alpha=dt)
-        if i + 2 < len(grid):
-            v_next = velocity(x_next, x.new_full((), grid[i + 1])).float()
-            x_next = torch.add(x, v + v_next, alpha=dt / 2)
-        x = x_next
         if callback is not None:
             callback(i, x)
     return x

@@ -9,7 +9,6 @@ import torch
 
 from ssdd.flow import (
     euler,
-    heun,
     interpolate,
     logit_normal_t,
     predict_data,
@@ -37,14 +36,13 @@ def test_grids_fall_from_noise_to_data():
         time_grid(0)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
-def test_solvers_converge_with_their_order(solver, order):
+def test_euler_converges_with_order_one():
     # dx/dt = -v = x: from x(1) = e the exact end is x(0) = 1.
     errors = []
     for steps in (16, 32):
-        end = solver(lambda x, t: -x, torch.full((1,), math.e, dtype=torch.float32), time_grid(steps, power=1.0))
+        end = euler(lambda x, t: -x, torch.full((1,), math.e, dtype=torch.float32), time_grid(steps, power=1.0))
         errors.append(abs(end.item() - 1))
-    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
 
 
 def test_straight_paths_are_solved_in_one_step_and_the_callback_sees_every_state():
