@@ -92,7 +92,7 @@ def test_classifier_features_are_its_penultimate_layer(tmp_path):
 
 
 def test_an_unknown_network_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(UserError, match="inception, efficientnet_lite0 or classifier:FILE"):
+    with pytest.raises(UserError, match="inception, efficientnet_lite0, dinov2, clip, timm/MODEL or classifier:FILE"):
         load_features("resnet")
 
 

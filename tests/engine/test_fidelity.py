@@ -14,10 +14,9 @@ from ssdd.engine.fidelity import (
     Statistics,
     copy_rate,
     frechet_distance,
-    kernel_bootstrap,
-    kernel_distance,
     precision_recall,
 )
+from ssdd.engine.kid import _resample_counts, kernel_bootstrap, kernel_distance
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -217,7 +216,7 @@ def test_kernel_distance_is_unbiased_where_the_frechet_distance_is_not():
 
 
 def test_blocks_of_rows_do_not_change_any_measure(monkeypatch):
-    from ssdd.engine import fidelity
+    from ssdd.engine import fidelity, kid
 
     x, y, z = normal(50, 6), normal(40, 6, seed=1), normal(30, 6, seed=2)
 
@@ -226,7 +225,8 @@ def test_blocks_of_rows_do_not_change_any_measure(monkeypatch):
         return [kernel_distance(x, y), *estimate.resampled, *precision_recall(x, y), *copy_rate(x, y, z)]
 
     whole = everything()
-    monkeypatch.setattr(fidelity, "ROWS", 7)
+    for module in (fidelity, kid):
+        monkeypatch.setattr(module, "ROWS", 7)
     assert everything() == pytest.approx(whole, rel=1e-10)
 
 
@@ -240,8 +240,6 @@ def test_the_bootstrap_reports_the_plain_value_inside_its_interval():
 
 
 def test_a_resample_is_a_u_statistic_over_pairs_of_different_images():
-    from ssdd.engine.fidelity import _resample_counts
-
     x, y = normal(6, 3).double(), normal(5, 3, seed=1).double()
     w = _resample_counts(6, 4, seed=9, role="set").numpy()
     v = _resample_counts(5, 4, seed=9, role="reference").numpy()

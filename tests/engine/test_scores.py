@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ssdd.engine import scores
 from ssdd.engine.features import FeatureNetwork
-from ssdd.engine.fidelity import KernelEstimate, Statistics, kernel_distance
+from ssdd.engine.fidelity import Statistics
+from ssdd.engine.kid import KernelEstimate, kernel_distance
 from ssdd.engine.scores import SetScores, compare, load_networks, paired_differences
 
 DIM = 3
