@@ -21,6 +21,8 @@ from ssdd.engine.weights import has
 
 AUTOMATIC = ("inception", "efficientnet_lite0")
 PRECISION_REFERENCES = 10_000  # real images of precision and recall, as in ADM's evaluator
+KERNEL_IMAGES = 10_000  # of a set at most, in a KID over all pairs: its bootstrap takes n^2 memory traffic a resample
+IMAGES_A_DIMENSION = 10  # below this a Frechet distance is mostly bias and decides nothing
 
 
 def load_networks(names: Sequence[str], device: Any) -> list[FeatureNetwork]:
@@ -118,7 +120,8 @@ def compare(
     The Frechet distance is to the set `originals`, also that of spatial features (sFID) where the network has them; the
     Inception Score is the row's own. KID with its 95 % bootstrap interval over images, precision and recall are to the
     set `reals`, which must not be the very images that were reconstructed: pairs of an image and its own reconstruction
-    would make the unbiased KID negative. Precision and recall take 10 000 of `reals` at most, as ADM's evaluator does.
+    would make the unbiased KID negative. Precision and recall take 10 000 of `reals` at most, as ADM's evaluator does,
+    KID 10 000 of every set.
     Without `reals`, or without kept features, these are left out.
     Returns (row -> {frechet, spatial_frechet, inception_score, inception_score_deviation, kid, kid_low, kid_high,
     kid_deviation, precision, recall}, row -> its KID's bootstrap).
@@ -135,7 +138,9 @@ def compare(
     if reals is None or any(sets[name].features is None for name in [*rows, reals]):
         return scores, {}
     features = sets[reals].features
-    kernels = kernel_bootstrap({row: sets[row].features for row in rows}, features, resamples, seed)
+    kernels = kernel_bootstrap(
+        {row: drawn(sets[row].features, KERNEL_IMAGES) for row in rows}, drawn(features, KERNEL_IMAGES), resamples, seed
+    )
     for row, kernel in kernels.items():
         precision, recall = precision_recall(drawn(features, PRECISION_REFERENCES), sets[row].features)
         scores[row] |= {
@@ -155,6 +160,27 @@ def drawn(features: Tensor, count: int) -> Tensor:
         return features
     order = torch.randperm(len(features), generator=batch_generator("cpu", "reference images", len(features)))
     return features[order[:count].sort().values]
+
+
+def frechet_floor(reference: Statistics, count: int) -> tuple[float, tuple[int, int]] | None:
+    """Frechet distance between two disjoint random parts of the reference's own images, and the sizes of the parts.
+
+    The first part has `count` images, or half of the reference where that is fewer. No distance of `count` images to
+    this reference can be told from that of real ones when it is no larger. None without kept features.
+    """
+    if reference.features is None or min(count, len(reference.features) // 2) < 2:
+        return None
+    total = len(reference.features)
+    order = torch.randperm(total, generator=batch_generator("cpu", "frechet floor", total))
+    count = min(count, total // 2)
+    parts = []
+    for rows in (order[:count].sort().values, order[count:].sort().values):
+        part = FeatureStatistics(reference.features.shape[1])
+        part.update(reference.features[rows], rows)
+        parts.append(part.compute())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return frechet_distance(*parts), (count, total - count)
 
 
 def paired_differences(kernels: dict[str, KernelEstimate], rows: Sequence[str]) -> dict[str, dict[str, float]]:
