@@ -163,12 +163,15 @@ class SetToMeasure:
 
 def _adm_file(path: Path, images: ImageSet | None) -> tuple[Statistics, dict[str, Any]]:
     names = _npz_names(path)
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
+    except ValueError as problem:
+        raise UserError(f"{path}: mu and sigma are no plain arrays: {problem}") from problem
     spatial = None
     if {"mu_s", "sigma_s"} <= set(arrays):
         spatial = _gaussian(path, arrays["mu_s"], arrays["sigma_s"])
-    statistics = replace(_gaussian(path, arrays["mu"], arrays.get("sigma")), spatial=spatial)
+    statistics = replace(_gaussian(path, arrays["mu"], arrays.get("sigma", np.nan)), spatial=spatial)
     return statistics, _foreign_provenance(path, images)
 
 

@@ -1,8 +1,8 @@
 """Our figures beside those of torch_fidelity.calculate_metrics, on the same two folders of images and weights.
 
 Inception at its own 299 px takes 0.3 s an image on a CPU core. The class attribute that torch-fidelity keeps the size
-in is set to 75 px, the least that the network takes, for both sides: the same module, weights and arithmetic, and
-2060 images a set, more than its 2048 features. That both agree at 299 px in every bit is a test of test_features.py.
+in is set to 75 px, the least that the network takes, for both sides: the same module, weights and arithmetic, and more
+images a set than its 2048 features. That both agree at 299 px in every bit is a test of test_features.py.
 """
 
 from __future__ import annotations
@@ -164,7 +164,6 @@ def test_every_metric_is_torch_fidelitys_on_more_images_than_features(tmp_path, 
     ):
         expected = theirs(a, b, extractor, subset_size=1000, **options)
         found, over_all_pairs = ours(a, b, network, subset_size=1000)
-        print(extractor, found, expected, over_all_pairs)
         assert found == pytest.approx(expected, rel=1e-4), extractor
         assert 0.05 < found["precision"] < 1 and 0.05 < found["recall"] < 1 and found["inception_score"] > 1.02
         # Both KIDs estimate the same number: they differ by what drawing 100 subsets leaves to chance.
