@@ -141,7 +141,8 @@ class EvaluationConfig:
     decoders: list[str] = field(default_factory=list)
     """Rows of the table, each `name:checkpoint reference:steps`."""
     features: list[str] = field(default_factory=lambda: ["auto"])
-    """Networks of the distances: inception, efficientnet_lite0, classifier:FILE; auto takes those with weights."""
+    """Networks of the distances: inception, efficientnet_lite0, dinov2, clip, timm/MODEL, classifier:FILE; auto takes
+    the first two where their weights are."""
     class_accuracy: bool = False
     """Fit a support vector classifier to the real training images and count how often it sees the asked class."""
     baseline_numbers: int | None = None

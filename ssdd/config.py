@@ -226,7 +226,8 @@ class EvaluationConfig:
     decoders: list[str] = field(default_factory=list)
     """Rows to evaluate side by side, each `name:checkpoint reference:steps`; empty takes ssdd.checkpoint."""
     features: list[str] = field(default_factory=lambda: ["auto"])
-    """Networks of the distances: inception, efficientnet_lite0, classifier:FILE; auto takes those with weights."""
+    """Networks of the distances: inception, efficientnet_lite0, dinov2, clip, timm/MODEL, classifier:FILE; auto takes
+    the first two where their weights are."""
     baselines: bool = False
     """Add the rows that any tokenizer must beat: PCA with as many numbers as the latent, and a slight blur."""
     batch_size: int = 64

@@ -1,4 +1,4 @@
-"""How alike two sets of images are, from their features: Frechet distance, KID, precision, recall, copies.
+"""How alike two sets of images are, from their features: Frechet distance, precision, recall, copies (KID: kid.py).
 
 Everything is float64. Features are collected by `FeatureStatistics`: update, reduce over processes, compute.
 """
@@ -6,38 +6,39 @@ Everything is float64. Features are collected by `FeatureStatistics`: update, re
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ssdd.engine.noise import seed_of
-
-ROWS = 2048  # rows of a pairwise matrix that are in memory at a time
+ROWS = 2048  # rows of a distance matrix that are in memory at a time
 
 
 @dataclass(frozen=True)
 class Statistics:
     """What a set of images looks like to a feature network.
 
-    count: images; mean: float64 [dim]; cov: float64 [dim, dim], divided by count - 1;
-    features: float32 [count, dim] sorted by image index, or None when only sums were kept.
+    count: images, None when a foreign file does not say; mean: float64 [dim]; cov: float64 [dim, dim], divided by
+    count - 1; features: float32 [count, dim] sorted by image index, or None when only sums were kept;
+    spatial: the same of feature maps (sFID), inception_score: (mean, deviation over splits), if the network has them.
     """
 
-    count: int
+    count: int | None
     mean: Tensor
     cov: Tensor
     features: Tensor | None = None
+    spatial: Statistics | None = None
+    inception_score: tuple[float, float] | None = None
 
 
 class FeatureStatistics:
     """Collects the features of a set of images, over batches and processes, each image index once.
 
-    keep_features=True holds the features, so that the outcome does not depend on batches or processes in any bit;
-    keep_features=False holds float64 sums only (for sets too large), merged in rank order.
+    keep_features=True holds the features on the CPU, so that the outcome does not depend on batches or processes in any
+    bit; keep_features=False holds float64 moments only (for sets too large), on the features' device where that has
+    float64, and the outcome depends on batches and processes by rounding, below 1e-12 of the covariance's largest.
     """
 
     def __init__(self, dim: int, keep_features: bool = True) -> None:
@@ -46,8 +47,7 @@ class FeatureStatistics:
         self._reduced = False
         self._seen = torch.empty(0, dtype=torch.int64)  # image indices, one a row of `_features`
         self._features: list[Tensor] = []
-        self._sum = torch.zeros(dim, dtype=torch.float64)
-        self._outer = torch.zeros(dim, dim, dtype=torch.float64)
+        self._moments = _Moments(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
 
     def update(self, features: Tensor, indices: Tensor) -> None:
         """Add float features [n, dim] of the images `indices` (int64 [n]); an index added before is left out."""
@@ -56,119 +56,107 @@ class FeatureStatistics:
         if self._reduced:
             raise RuntimeError("update after reduce: the other processes would miss these images")
         indices = indices.detach().cpu().long()
-        features = features.detach().cpu().float()
-        fresh = _first_places(indices)
+        fresh = first_places(indices)
         fresh = fresh[~torch.isin(indices[fresh], self._seen)]
+        if not len(fresh):
+            return
         self._seen = torch.cat([self._seen, indices[fresh]])
-        features = features[fresh]
+        features = features.detach().float()[fresh.to(features.device)]
         if self.keep_features:
-            self._features.append(features)
+            self._features.append(features.cpu())
         else:
-            self._sum += features.double().sum(dim=0)
-            self._outer += features.double().T @ features.double()
+            self._moments = self._moments.merged(_Moments.of(features.to(float64_device(features.device)).double()))
 
     def reduce(self) -> None:
         """Merge the images of all processes into every process; without torch.distributed nothing happens.
 
-        ValueError when only sums were kept and an image was seen by two processes: it can't be taken out again.
+        ValueError when only moments were kept and an image was seen by two processes: it can't be taken out again.
         """
         if self._reduced or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
         if self.keep_features:
             features = torch.cat(self._features) if self._features else torch.empty(0, self.dim)
-            self._features = [_gather_rows(features)]
-        self._seen = _gather_rows(self._seen)
+            self._features = [gather_rows(features)]
+        self._seen = gather_rows(self._seen)
         if not self.keep_features:
             if len(self._seen.unique()) < len(self._seen):
                 raise ValueError("two processes have the same image: with keep_features=False it would count twice")
-            self._sum = _gather_rows(self._sum[None]).sum(dim=0)
-            self._outer = _gather_rows(self._outer[None]).sum(dim=0)
+            self._moments = self._moments.reduced(len(self._seen))
         self._reduced = True
 
     def compute(self) -> Statistics:
         """Statistics of all images so far. ValueError for fewer than two images or features that are not finite."""
-        if not self.keep_features:
-            count = len(self._seen)
-            _require_two(count)
-            mean = self._sum / count
-            cov = (self._outer - count * torch.outer(mean, mean)) / (count - 1)
-            return _finite(Statistics(count, mean, cov))
-        features = torch.cat(self._features) if self._features else torch.empty(0, self.dim)
-        features = features[_first_places(self._seen)]  # by index: any order of arrival gives the same bits
-        _require_two(len(features))
-        exact = features.double()
-        mean = exact.mean(dim=0)
-        cov = (exact - mean).T @ (exact - mean) / (len(exact) - 1)
-        return _finite(Statistics(len(features), mean, cov, features))
+        features = None
+        moments = self._moments
+        if self.keep_features:
+            features = torch.cat(self._features) if self._features else torch.empty(0, self.dim)
+            features = features[first_places(self._seen)]  # by index: any order of arrival gives the same bits
+            moments = _Moments.of(features.double()) if len(features) else moments
+        if moments.count < 2:
+            raise ValueError(f"statistics need at least 2 images, got {moments.count}")
+        cov = moments.scatter / (moments.count - 1)
+        if not (moments.mean.isfinite().all() and cov.isfinite().all()):
+            raise ValueError("features are not finite: the images or the feature network are broken")
+        return Statistics(moments.count, moments.mean.cpu(), cov.cpu(), features)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Count, mean [dim], and scatter [dim, dim] = sum of (x - mean)(x - mean)^T: float64, on one device.
+
+    Merged as by Chan et al. 1979: raw sums of squares would lose digits where means are large beside deviations.
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Moments:
+        mean = x.mean(dim=0)
+        return cls(len(x), mean, (x - mean).T @ (x - mean))
+
+    def merged(self, new: _Moments) -> _Moments:
+        count = self.count + new.count
+        way = new.mean - self.mean.to(new.mean.device)
+        scatter = self.scatter.to(new.mean.device) + new.scatter
+        scatter.addr_(way, way, alpha=self.count * new.count / count)
+        return _Moments(count, self.mean.to(way.device) + way * (new.count / count), scatter)
+
+    def reduced(self, total: int) -> _Moments:
+        """The moments of the `total` images of all processes."""
+        mean = all_reduce_sum(self.mean * self.count) / max(1, total)
+        way = self.mean.to(mean.device) - mean
+        scatter = self.scatter.to(mean.device).addr(way, way, alpha=self.count)
+        return _Moments(total, mean, all_reduce_sum(scatter))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|mean_a - mean_b|^2 + Tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), never negative (Heusel et al. 2017).
 
-    The trace of the root is that of (R cov_b R)^(1/2) with R = cov_a^(1/2), from eigenvalues of symmetric matrices:
-    scipy's sqrtm of the product has given wrong figures on several platforms (facts 3.1). Warns when a set has no more
-    images than features; then most of the value is bias.
+    With roots cov = R R^T from eigenvalues, the trace of the product's root is the sum of the singular values of
+    R_a^T R_b. scipy's sqrtm of the product has given wrong figures on several platforms (facts 3.1), and roots of the
+    product's eigenvalues turn rounding of 1e-16 into 1e-8 wherever covariances are singular.
+    Warns when a covariance is singular, as with no more images than features: then most of the value is bias.
     """
     dim = len(a.mean)
+    roots = []
     for statistics in (a, b):
-        if statistics.count <= dim:
+        values, vectors = torch.linalg.eigh(statistics.cov)
+        kept = values > values[-1] * dim * torch.finfo(values.dtype).eps  # less is rounding, as in matrix_rank
+        roots.append(vectors[:, kept] * values[kept].sqrt())
+        if statistics.count is not None and statistics.count <= dim:
             warnings.warn(
                 f"Frechet distance of {statistics.count} images in {dim} dimensions is mostly bias; look at KID",
                 stacklevel=2,
             )
-    values, vectors = torch.linalg.eigh(a.cov)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ b.cov @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+        elif not kept.all():
+            warnings.warn(
+                f"Frechet distance of a singular covariance: rank {int(kept.sum())} of {dim} dimensions", stacklevel=2
+            )
+    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum() if min(r.shape[1] for r in roots) else 0
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
     return max(0.0, distance.item())
-
-
-def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """KID: unbiased squared MMD with the kernel (x.y / dim + 1)^3 over all pairs (Binkowski et al. 2018).
-
-    x: features [n, dim], y: features [m, dim], n and m at least 2. May be slightly negative for equal distributions.
-    """
-    ones_x, ones_y = torch.ones(1, len(x)), torch.ones(1, len(y))
-    return (_within(x, ones_x) + _within(y, ones_y) - 2 * _between(x, ones_x, y, ones_y)).item()
-
-
-@dataclass(frozen=True)
-class KernelEstimate:
-    """A KID with what resampling the images says of its uncertainty.
-
-    value: KID of the sets as they are; low, high: 95 % interval; deviation: standard deviation; resampled: float64 [R].
-    Subtract `resampled` of two estimates from one `kernel_bootstrap` call to compare them paired.
-    """
-
-    value: float
-    low: float
-    high: float
-    deviation: float
-    resampled: np.ndarray
-
-
-def kernel_bootstrap(
-    sets: Mapping[str, Tensor], reference: Tensor, resamples: int = 200, seed: int = 0
-) -> dict[str, KernelEstimate]:
-    """KID of each of several sets against one reference, with a bootstrap over images.
-
-    sets: name -> features [n, dim]; reference: features [m, dim]. A resample draws images with replacement and weighs
-    each pair of *different* images by how often both were drawn: a weighted U-statistic, so that an image drawn twice
-    is not compared with itself. All sets of equal n share their draws, and all share those of the reference, so that
-    decoders of the same latents are compared paired.
-    """
-    once = torch.ones(1, len(reference))
-    weights_y = torch.cat([once, _resample_counts(len(reference), resamples, seed, "reference")])
-    within_y = _within(reference, weights_y)
-    estimates = {}
-    for name, x in sets.items():
-        weights_x = torch.cat([torch.ones(1, len(x)), _resample_counts(len(x), resamples, seed, "set")])
-        between = _between(x, weights_x, reference, weights_y)
-        value, *resampled = (_within(x, weights_x) + within_y - 2 * between).tolist()
-        low, high = np.percentile(resampled, [2.5, 97.5]).tolist()
-        estimates[name] = KernelEstimate(value, low, high, float(np.std(resampled, ddof=1)), np.array(resampled))
-    return estimates
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
@@ -199,7 +187,7 @@ def copy_rate(generated: Tensor, train: Tensor, heldout: Tensor) -> tuple[float,
     return rate(generated), rate(heldout)
 
 
-def _first_places(indices: Tensor) -> Tensor:
+def first_places(indices: Tensor) -> Tensor:
     """Where each different index first occurs, in ascending order of the index."""
     ordered, places = torch.sort(indices, stable=True)
     first = torch.ones(len(ordered), dtype=torch.bool)
@@ -207,10 +195,21 @@ def _first_places(indices: Tensor) -> Tensor:
     return places[first]
 
 
-def _gather_rows(rows: Tensor) -> Tensor:
-    """Rows of all processes, in rank order; each may have another number of them."""
-    world = dist.get_world_size()
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+def float64_device(device: torch.device) -> torch.device:
+    """`device`, or the CPU where it has no float64 (Apple's)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over all processes, on the device of their collectives."""
+    tensor = tensor.to(_collective_device()).clone()
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows of all processes, in rank order, on the CPU; each may have another number of them."""
+    world, device = dist.get_world_size(), _collective_device()
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
     dist.all_gather(counts, torch.tensor([len(rows)], device=device))
     longest = int(max(counts))
@@ -221,48 +220,8 @@ def _gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[: int(count)].cpu() for part, count in zip(gathered, counts, strict=True)])
 
 
-def _require_two(count: int) -> None:
-    if count < 2:
-        raise ValueError(f"statistics need at least 2 images, got {count}")
-
-
-def _finite(statistics: Statistics) -> Statistics:
-    if not (statistics.mean.isfinite().all() and statistics.cov.isfinite().all()):
-        raise ValueError("features are not finite: the images or the feature network are broken")
-    return statistics
-
-
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-def _within(x: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean kernel of pairs of different rows of x [n, dim], for each row of weights [R, n]: float64 [R]."""
-    _require_two(len(x))
-    x, weights = x.double(), weights.to(x.device, torch.float64)
-    total = torch.zeros(len(weights), dtype=torch.float64, device=x.device)
-    for block, own in zip(x.split(ROWS), weights.split(ROWS, dim=1), strict=True):
-        total += (own * (weights @ _kernel(x, block))).sum(dim=1)
-    itself = (x.square().mean(dim=1) + 1) ** 3
-    squares = weights.square()
-    return ((total - squares @ itself) / (weights.sum(dim=1).square() - squares.sum(dim=1))).cpu()
-
-
-def _between(x: Tensor, weights_x: Tensor, y: Tensor, weights_y: Tensor) -> Tensor:
-    """Weighted mean kernel of pairs of a row of x and a row of y, for each row of the weights: float64 [R]."""
-    x, y = x.double(), y.to(x.device, torch.float64)
-    weights_x, weights_y = weights_x.to(x.device, torch.float64), weights_y.to(x.device, torch.float64)
-    total = torch.zeros(len(weights_x), dtype=torch.float64, device=x.device)
-    for block, own in zip(x.split(ROWS), weights_x.split(ROWS, dim=1), strict=True):
-        total += (own * (weights_y @ _kernel(y, block))).sum(dim=1)
-    return (total / (weights_x.sum(dim=1) * weights_y.sum(dim=1))).cpu()
-
-
-def _resample_counts(n: int, resamples: int, seed: int, role: str) -> Tensor:
-    """How often each of n images is in a bootstrap resample: float64 [resamples, n], a function of the arguments."""
-    generator = torch.Generator().manual_seed(seed_of("kernel bootstrap", role, n, seed))
-    draws = torch.randint(n, (resamples, n), generator=generator)
-    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
+def _collective_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _squared_distances(x: Tensor, y: Tensor, exclude_same: bool = False) -> Iterator[Tensor]:

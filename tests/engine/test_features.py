@@ -5,11 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ssdd.engine import weights
+from ssdd.engine import features, weights
+from ssdd.engine.checkpoint import save_tensors
 from ssdd.engine.classifier import train_classifier
 from ssdd.engine.errors import UserError
 from ssdd.engine.features import load_features
 from ssdd.engine.pictures import from_uint8
+from tests.engine.inception import write_random_inception
 
 PALACE, MONASTERY, DAISY = 698, 663, 985  # ImageNet classes
 
@@ -92,7 +94,7 @@ def test_classifier_features_are_its_penultimate_layer(tmp_path):
 
 
 def test_an_unknown_network_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(UserError, match="inception, efficientnet_lite0 or classifier:FILE"):
+    with pytest.raises(UserError, match="inception, efficientnet_lite0, dinov2, clip, timm/MODEL or classifier:FILE"):
         load_features("resnet")
 
 
@@ -103,19 +105,94 @@ def test_inception_without_its_weights_is_an_error(tmp_path, monkeypatch):
         load_features("inception")
 
 
-def test_inception_with_weights_gives_the_2048_numbers_of_torch_fidelity(tmp_path, monkeypatch):
-    from torch_fidelity import feature_extractor_inceptionv3 as upstream
+def test_inception_gives_the_features_and_logits_of_torch_fidelity_and_adms_spatial_features(tmp_path, monkeypatch):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    extractor_class = upstream.FeatureExtractorInceptionV3
-    with monkeypatch.context() as without_weights:
-        without_weights.setattr(upstream, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        without_weights.setattr(extractor_class, "load_state_dict", lambda self, tensors: None)
-        untrained = extractor_class("inception-v3-compat", ["2048"])
-    torch.save(untrained.state_dict(), tmp_path / weights.PRETRAINED["inception"].filename)
+    path = tmp_path / weights.PRETRAINED["inception"].filename
+    images = noise(2, 32)
+    write_random_inception(path, images)
+    upstream = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+    )
     monkeypatch.setitem(weights.PRETRAINED, "inception", replace(weights.PRETRAINED["inception"], sha256=""))
     monkeypatch.setenv("SSDD_WEIGHTS", str(tmp_path))
     network = load_features("inception")
-    images = noise(2, 32)
-    features = network(images)
-    assert features.shape == (2, network.dim) == (2, 2048)
-    assert torch.equal(features, untrained(images)[0])
+    found, kept = network.outputs(images), []
+    upstream.Mixed_6d.branch1x1.bn.register_forward_hook(lambda module, inputs, output: kept.append(output.clone()))
+    pooled, logits = upstream(images)
+    assert torch.equal(network(images), pooled) and torch.equal(found.features, pooled)
+    assert torch.equal(found.logits, logits) and found.logits.shape == (2, network.classes)
+    height_width_channel = kept[0].relu()[:, :7].movedim(1, 3)  # [2, 17, 17, 7]
+    assert torch.equal(found.spatial, height_width_channel.reshape(2, network.spatial_dim))
+    assert network.spatial_dim == 2023 and found.spatial.std() > 0
+    assert network.provenance() == {
+        "network": "inception",
+        "dim": 2048,
+        "checksum": weights.sha256_file(path),
+        "resize": "bilinear as in TensorFlow 1, no antialiasing, to 299",
+    }
+
+
+def write_timm(folder, name, monkeypatch):
+    """Untrained weights of a timm model in the search path; the model."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False).eval()
+    save_tensors(folder / f"{name}.safetensors", model.state_dict())
+    monkeypatch.setenv("SSDD_WEIGHTS", str(folder))
+    return model
+
+
+@torch.no_grad()
+def test_any_timm_classifier_gives_its_pooled_features_and_its_logits(tmp_path, monkeypatch):
+    model = write_timm(tmp_path, "test_vit", monkeypatch)
+    network = load_features("timm/test_vit")
+    images = noise(2, 160)
+    x = (images.float() / 255 - 0.5) / 0.5
+    found = network.outputs(images)
+    expected = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert torch.allclose(found.features, expected, atol=1e-5) and network.dim == expected.shape[1]
+    assert torch.allclose(found.logits, model(x), atol=1e-5) and network.classes == 1000
+    assert network.resize == "bicubic, antialiased, to 160x160"
+    assert network(noise(1, 40)).shape == (1, network.dim)
+
+
+@torch.no_grad()
+def test_clip_gives_the_embedding_that_it_shares_with_texts(tmp_path, monkeypatch):
+    name = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
+    model = write_timm(tmp_path, name, monkeypatch)
+    monkeypatch.setitem(features.TIMM_ALIASES, "clip", name)
+    network = load_features("clip")
+    images = noise(1, 224)
+    x = (images.float() / 255 - network.network.mean) / network.network.std
+    assert torch.allclose(network(images), model(x), atol=1e-5)
+    assert (network.dim, network.classes, network.name) == (model.num_classes, 0, "clip")
+    assert network.network.mean.flatten().tolist() == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+
+
+@torch.no_grad()
+def test_dinov2_gives_its_class_token_at_224_px(tmp_path, monkeypatch):
+    import timm
+
+    name = "vit_small_patch14_dinov2.lvd142m"
+    model = write_timm(tmp_path, name, monkeypatch)
+    monkeypatch.setitem(features.TIMM_ALIASES, "dinov2", name)
+    network = load_features("dinov2")
+    images = noise(1, 224)
+    any_size = timm.create_model(name, dynamic_img_size=True).eval()
+    any_size.load_state_dict(model.state_dict())
+    x = (images.float() / 255 - network.network.mean) / network.network.std
+    token = any_size.forward_features(x)[:, 0]
+    assert torch.allclose(network(images), token, atol=1e-5) and network.dim == 384
+    assert network.resize.endswith("224x224")
+
+
+def test_timm_weights_of_another_model_are_an_error(tmp_path, monkeypatch):
+    write_timm(tmp_path, "test_vit", monkeypatch)
+    (tmp_path / "test_vit.safetensors").rename(tmp_path / "test_vit2.safetensors")
+    with pytest.raises(UserError, match="the weights of test_vit2 do not fit"):
+        load_features("timm/test_vit2")
+    (tmp_path / "test_vit2.safetensors").rename(tmp_path / "no_such_model.safetensors")
+    with pytest.raises(UserError, match="no_such_model"):
+        load_features("timm/no_such_model")

@@ -14,10 +14,10 @@ from ssdd.engine.fidelity import (
     Statistics,
     copy_rate,
     frechet_distance,
-    kernel_bootstrap,
-    kernel_distance,
     precision_recall,
 )
+from ssdd.engine.inception_score import InceptionScore, shuffled_splits
+from ssdd.engine.kid import _resample_counts, kernel_bootstrap, kernel_distance, kernel_distance_of_subsets
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -98,55 +98,85 @@ def test_reduce_in_a_single_process_changes_nothing():
     assert collected.compute().count == 6
 
 
-TWO_PROCESSES = """
+def agrees(found, expected, tolerance=1e-10):
+    """Whether two statistics are equal to `tolerance` of their largest numbers."""
+    pairs = ((found.mean, expected.mean), (found.cov, expected.cov))
+    return found.count == expected.count and all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in pairs)
+
+
+@pytest.mark.parametrize("keep_features", [True, False])
+def test_statistics_are_the_same_for_any_batch_size_also_where_means_are_large(keep_features):
+    features = normal(131, 6) * torch.arange(1, 7) + 1000
+    exact = features.double()
+    expected = Statistics(131, exact.mean(dim=0), torch.cov(exact.T))
+    for batch_size in (1, 7, 64):
+        assert agrees(statistics_of(features, batch_size, keep_features), expected)
+
+
+PROCESSES = """
 import json, sys
 import torch
 from torch import distributed
 from ssdd.engine.fidelity import FeatureStatistics
+from ssdd.engine.inception_score import InceptionScore, shuffled_splits
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
-distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-features = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
-padding = [0] if rank == 1 else []  # the second process has one image less, and a repeated one to make up for it
+distributed.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+features = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) + 100
 
-def collect(keep_features, padding):
+def collect(keep_features, own):
     collected = FeatureStatistics(3, keep_features)
-    for indices in torch.tensor([*range(rank, 7, 2), *padding]).split(2):
+    score = InceptionScore(3, shuffled_splits(7, 2))
+    for indices in torch.tensor(own, dtype=torch.int64).split(2):
         collected.update(features[indices], indices)
+        score.update(features[indices], indices)
     collected.reduce()
+    score.reduce()
     statistics = collected.compute()
-    return [statistics.count, statistics.mean.tolist(), statistics.cov.tolist()]
+    return [statistics.count, statistics.mean.tolist(), statistics.cov.tolist(), score.compute()]
 
-outcome = {"features": collect(True, padding), "sums": collect(False, [])}
+own = list(range(rank, 7, world))
+outcome = {"features": collect(True, own), "moments": collect(False, own)}
+idle = list(range(7)) if rank == 0 else []  # only the first process has images
+outcome |= {"features, idle": collect(True, idle), "moments, idle": collect(False, idle)}
+padded = own + [0] * (rank > 0)  # an image repeated by a process that has fewer
 try:
-    collect(False, padding)
+    collect(False, padded)
 except ValueError as problem:
-    outcome["padded sums"] = str(problem)
+    outcome["padded moments"] = str(problem)
+collected = FeatureStatistics(3)
+collected.update(features[padded], torch.tensor(padded))
+collected.reduce()
+outcome["padded features"] = collected.compute().count
 print(json.dumps(outcome))
 distributed.destroy_process_group()
 """
 
 
 def test_two_processes_together_see_what_one_sees(tmp_path):
+    world = 2
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(rank), str(tmp_path)],
+            [sys.executable, "-c", PROCESSES, str(rank), str(world), str(tmp_path)],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in (0, 1)
+        for rank in range(world)
     ]
+    features = normal(7, 3) + 100
+    whole = statistics_of(features)
+    score = InceptionScore(3, shuffled_splits(7, 2))
+    score.update(features, torch.arange(7))
     for outcome in [json.loads(process.communicate(timeout=120)[0]) for process in processes]:
-        whole = statistics_of(normal(7, 3))
-        assert outcome["features"] == [7, whole.mean.tolist(), whole.cov.tolist()]
-        count, mean, cov = outcome["sums"]
-        assert count == 7
-        assert np.array(mean) == pytest.approx(whole.mean.numpy(), abs=1e-12)
-        assert np.array(cov) == pytest.approx(whole.cov.numpy(), abs=1e-12)
-        assert "two processes have the same image" in outcome["padded sums"]
+        assert "two processes have the same image" in outcome.pop("padded moments")
+        assert outcome.pop("padded features") == 7
+        for name, (count, mean, cov, inception_score) in outcome.items():
+            found = Statistics(count, *(torch.tensor(part, dtype=torch.float64) for part in (mean, cov)))
+            assert agrees(found, whole, 0 if name.startswith("features") else 1e-10), name
+            assert inception_score == pytest.approx(score.compute(), rel=1e-10)
 
 
 # Frechet distance
@@ -176,14 +206,56 @@ def test_frechet_distance_agrees_with_torch_fidelity():
     assert frechet_distance(b, a) == pytest.approx(theirs, rel=1e-9)
 
 
-def test_frechet_distance_to_itself_is_zero_and_never_negative_and_too_few_images_are_warned_of():
-    few = statistics_of(normal(8, 30))
-    with pytest.warns(UserWarning, match="8 images in 30 dimensions"):
-        assert 0 <= frechet_distance(few, few) < 1e-6
+def exact_samples(n, mean, cov, seed):
+    """n samples whose own mean and covariance are the given ones, to rounding of float32."""
+    z = normal(n, len(mean), seed).double()
+    z = z - z.mean(dim=0)
+    z = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(z.T)), z.T, upper=False).T
+    return (z @ torch.linalg.cholesky(cov).T + mean).float()
+
+
+def test_frechet_distance_of_samples_of_two_gaussians_is_the_closed_form():
+    dim = 12
+    draw = normal(2 * dim, dim, seed=3).double()
+    basis = torch.linalg.qr(draw[:dim]).Q
+    spectra = torch.linspace(0.1, 4, dim).double(), torch.linspace(3, 0.2, dim).double()
+    cov_a, cov_b = ((basis * spectrum) @ basis.T for spectrum in spectra)  # they commute, so the root is known
+    mean_a, mean_b = draw[dim], draw[dim + 1]
+    a = statistics_of(exact_samples(500, mean_a, cov_a, seed=0))
+    b = statistics_of(exact_samples(400, mean_b, cov_b, seed=1))
+    expected = (mean_a - mean_b).square().sum() + (spectra[0].sqrt() - spectra[1].sqrt()).square().sum()
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("keep_features", [True, False])
+@pytest.mark.parametrize("n, dim", [(50, 3), (130, 64), (40, 64), (8, 30)])
+def test_frechet_distance_of_identical_sets_is_zero_and_never_negative(n, dim, keep_features):
+    features = normal(n, dim).abs() * torch.logspace(-3, 1, dim)  # a steep spectrum, as of real features
+    a, b = (statistics_of(features, size, keep_features) for size in (1000, 7))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        enough = statistics_of(normal(50, 3))
-        assert frechet_distance(enough, enough) == pytest.approx(0, abs=1e-9)
+        warnings.simplefilter("ignore" if n <= dim else "error")
+        distance = frechet_distance(a, b)
+    assert 0 <= distance < (1e-6 if n > 2 * dim else 1e-5 * a.cov.trace())
+
+
+def test_frechet_distance_of_fewer_images_than_dimensions_is_finite_exact_and_warned_of():
+    dim = 30
+    few, other = statistics_of(normal(8, dim)), statistics_of(normal(9, dim, seed=1))
+    with pytest.warns(UserWarning, match="[89] images in 30 dimensions"):
+        distance = frechet_distance(few, other)
+    x, y = (s.features.double() - s.mean for s in (few, other))
+    cross = torch.linalg.svdvals(x @ y.T).sum() / (7 * 8) ** 0.5  # Tr (A B)^(1/2) of A = X^T X / 7, B = Y^T Y / 8
+    expected = (few.mean - other.mean).square().sum() + few.cov.trace() + other.cov.trace() - 2 * cross
+    assert distance == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_a_dimension_that_never_varies_is_warned_of_and_adds_nothing():
+    features, others = normal(100, 5), normal(100, 5, seed=1)
+    features[:, 4] = others[:, 4] = 0.1
+    with pytest.warns(UserWarning, match="rank 4 of 5 dimensions"):
+        distance = frechet_distance(statistics_of(features), statistics_of(others))
+    without = frechet_distance(statistics_of(features[:, :4]), statistics_of(others[:, :4]))
+    assert distance == pytest.approx(without, rel=1e-10)
 
 
 # KID
@@ -195,6 +267,18 @@ def test_kernel_distance_agrees_with_torch_fidelity_on_a_full_size_subset():
     x, y = normal(60, 16).double(), normal(60, 16, seed=1, shift=0.4).double()
     theirs = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=60, verbose=False)
     assert kernel_distance(x, y) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
+
+
+def test_kernel_distance_of_subsets_is_torch_fidelitys():
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    x, y = normal(60, 16).double(), normal(50, 16, seed=1, shift=0.4).double()
+    theirs = kid_features_to_metric(x, y, kid_subsets=7, kid_subset_size=30, verbose=False)
+    mean, deviation = kernel_distance_of_subsets(x, y, subsets=7, subset_size=30)
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
+    assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-10)
+    with pytest.raises(ValueError, match="60 and 50"):
+        kernel_distance_of_subsets(x, y, subset_size=51)
 
 
 def test_kernel_distance_is_what_its_definition_says_for_sets_of_unequal_size():
@@ -217,7 +301,7 @@ def test_kernel_distance_is_unbiased_where_the_frechet_distance_is_not():
 
 
 def test_blocks_of_rows_do_not_change_any_measure(monkeypatch):
-    from ssdd.engine import fidelity
+    from ssdd.engine import fidelity, kid
 
     x, y, z = normal(50, 6), normal(40, 6, seed=1), normal(30, 6, seed=2)
 
@@ -226,7 +310,8 @@ def test_blocks_of_rows_do_not_change_any_measure(monkeypatch):
         return [kernel_distance(x, y), *estimate.resampled, *precision_recall(x, y), *copy_rate(x, y, z)]
 
     whole = everything()
-    monkeypatch.setattr(fidelity, "ROWS", 7)
+    for module in (fidelity, kid):
+        monkeypatch.setattr(module, "ROWS", 7)
     assert everything() == pytest.approx(whole, rel=1e-10)
 
 
@@ -240,8 +325,6 @@ def test_the_bootstrap_reports_the_plain_value_inside_its_interval():
 
 
 def test_a_resample_is_a_u_statistic_over_pairs_of_different_images():
-    from ssdd.engine.fidelity import _resample_counts
-
     x, y = normal(6, 3).double(), normal(5, 3, seed=1).double()
     w = _resample_counts(6, 4, seed=9, role="set").numpy()
     v = _resample_counts(5, 4, seed=9, role="reference").numpy()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ssdd.engine import scores
-from ssdd.engine.features import FeatureNetwork
-from ssdd.engine.fidelity import KernelEstimate, Statistics, kernel_distance
-from ssdd.engine.scores import SetScores, compare, load_networks, paired_differences
+from ssdd.engine.features import FeatureNetwork, Outputs
+from ssdd.engine.fidelity import Statistics, frechet_distance
+from ssdd.engine.kid import KernelEstimate, kernel_distance
+from ssdd.engine.scores import SetScores, compare, drawn, frechet_floor, load_networks, paired_differences
 
 DIM = 3
 
@@ -126,6 +127,49 @@ def test_sets_are_collected_in_any_order_and_every_image_once():
     row, originals = computed["means"].values()
     assert row.count == 10 and torch.equal(row.features, images.float().mean(dim=(2, 3)))
     assert torch.equal(row.mean, originals.mean) and torch.equal(row.cov, originals.cov)
+
+
+class EveryOutput(nn.Module):
+    """Channel means as features and as logits, the first pixel as spatial features."""
+
+    def forward(self, images: Tensor) -> Outputs:
+        means = images.float().mean(dim=(2, 3))
+        return Outputs(means, means, images[:, :, 0, 0].float())
+
+
+@pytest.mark.parametrize("keep_features", [True, False])
+def test_spatial_distance_and_inception_score_need_no_kept_features(keep_features):
+    images = torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    other = images.flip(3).clamp(max=250)
+    collected = SetScores([FeatureNetwork("every", DIM, "", EveryOutput(), classes=3, spatial_dim=3)], keep_features)
+    collected.update("row", images, torch.arange(40))
+    collected.update("reals", other, torch.arange(40))
+    sets = collected.compute()["every"]
+    row = compare(sets, ["row"], "reals", "reals", resamples=5, seed=0)[0]["row"]
+    corners = [statistics(pixels[:, :, 0, 0].float()) for pixels in (images, other)]
+    assert row["spatial_frechet"] == pytest.approx(frechet_distance(*corners), rel=1e-9)
+    p = images.double().mean(dim=(2, 3)).softmax(dim=1)
+    expected = (p * (p.log() - p.mean(dim=0).log())).sum(dim=1).mean().exp().item()
+    assert row["inception_score"] == pytest.approx(expected, rel=1e-6)
+    assert ("kid" in row) == ("precision" in row) == keep_features
+    assert (sets["row"].features is not None) == keep_features and sets["row"].spatial.features is None
+
+
+def test_the_floor_is_the_distance_of_disjoint_real_parts_of_the_samples_count():
+    reals = statistics(gaussian(1000, seed=0))
+    value, counts = frechet_floor(reals, 100)
+    assert counts == (100, 900) and 0 < value < 0.2
+    assert frechet_floor(reals, 100) == (value, counts)
+    larger, counts = frechet_floor(reals, 10**6)
+    assert counts == (500, 500) and larger < value
+    assert frechet_floor(Statistics(1000, reals.mean, reals.cov), 100) is None
+
+
+def test_a_part_of_the_images_is_always_the_same_part_in_their_order():
+    features = torch.arange(20.0)[:, None]
+    part = drawn(features, 7)
+    assert torch.equal(part, drawn(features, 7)) and torch.equal(part, part.sort(dim=0).values)
+    assert len(part.unique()) == 7 and drawn(features, 20) is features
 
 
 def test_auto_stands_for_the_networks_that_are_here_and_no_network_is_loaded_twice(monkeypatch):
