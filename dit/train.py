@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dit.config import DiTConfig, TrainingConfig
@@ -29,6 +30,7 @@ from ssdd.engine.log import ProgressLog
 from ssdd.engine.noise import batch_generator, seed_of
 from ssdd.engine.optim import learning_rate
 from ssdd.engine.run import RunDirectory
+from ssdd.engine.throughput import Throughput, count_flop
 from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
 from ssdd.flow import interpolate, logit_normal_t, uniform_t, velocity_target
 
@@ -104,6 +106,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     start = state["step"]
     if start > training.steps:
         raise UserError(f"{last} is at step {start}, beyond training.steps={training.steps}; choose another run_name.")
+    flop = _flop_per_latent(cfg, network, cache, accelerator)
     if training.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, optimizer)
@@ -137,7 +140,8 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         checkpoint.save(last, groups, state, metadata)
 
     batches = cache.batches(training.batch_size, seed=cfg.seed, start_step=start, rank=rank, world=world)
-    began, logged_at, logged_step = time.perf_counter() - state["seconds"], time.perf_counter(), start
+    began = time.perf_counter() - state["seconds"]
+    throughput = Throughput(device, accelerator.mixed_precision, training.batch_size, flop, world, start)
     progress = ProgressLog(
         training.steps,
         description=f"train {cfg.run_name}",
@@ -148,7 +152,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     with StopRequest() as stop, progress:
         for step in range(start, training.steps):
             # Data and draws of this step.
-            z, y, _ = next(batches)  # [b, C, h, w], [b]
+            z, y, _ = throughput.next(batches)  # [b, C, h, w], [b]
             z, y = z.to(device, non_blocking=True), y.to(device, non_blocking=True)
             draws = step_draws(cfg, step, (training.batch_size, *z.shape[1:]), device)
             draws = draws.rows(slice(rank * rows, (rank + 1) * rows))
@@ -186,20 +190,19 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 check_finite(accelerator, bad_step, last)
             if logging:
                 loss_mean, norm_mean = (accelerator.reduce(window, "mean") / state["window_steps"]).tolist()
-                now = time.perf_counter()
-                rate = (done - logged_step) * training.batch_size / (now - logged_at)
-                logged_at, logged_step = now, done
                 values = {"loss": loss_mean, "grad_norm": norm_mean, "lr": lr}
                 state["metrics"] = values
-                progress.metrics(done, {**values, "images": done * training.batch_size, "images_per_s": rate})
+                counts = {"images": done * training.batch_size}
+                progress.metrics(done, values | counts | throughput.line(done))
                 window.zero_()
                 state["window_steps"] = 0
 
             # Checkpoint.
             if saving:
                 state["seconds"] = time.perf_counter() - began
-                save()
-                accelerator.wait_for_everyone()
+                with throughput.paused():
+                    save()
+                    accelerator.wait_for_everyone()
             if stopping and done < training.steps:
                 progress.message(f"stopped by a signal after step {done}; the same command continues from {last}")
                 raise SystemExit(0)
@@ -253,6 +256,15 @@ def _new_network(cfg: DiTConfig, cache: LatentDataset) -> DiT:
         )
     except UserError as error:
         raise UserError(f"model.name={cfg.model.name} does not fit the cache {cfg.cache}: {error}") from None
+
+
+def _flop_per_latent(cfg: DiTConfig, network: DiT, cache: LatentDataset, accelerator: Accelerator) -> int:
+    """FLOP of one training latent, forward and backward."""
+    z = torch.zeros(1, *cache.latent_shape, device=accelerator.device)
+    y, draws = torch.zeros(1, dtype=torch.int64, device=z.device), step_draws(cfg, 0, tuple(z.shape), z.device)
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    with accelerator.autocast():
+        return count_flop(lambda: velocity_loss(network, z, y, draws, network), trainable)
 
 
 def _trained_on(cache: LatentDataset) -> dict[str, Any]:

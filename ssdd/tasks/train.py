@@ -29,11 +29,12 @@ from ssdd.engine.log import ProgressLog
 from ssdd.engine.noise import seed_of
 from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
 from ssdd.engine.run import RunDirectory
+from ssdd.engine.throughput import Throughput
 from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
 from ssdd.objective import step_draws, weighted_sum
 from ssdd.tasks.dry_run import dry_run
 from ssdd.tasks.evaluate import Evaluation
-from ssdd.tasks.networks import build_discriminator, build_objective, build_targets, build_tokenizer
+from ssdd.tasks.networks import build_discriminator, build_objective, build_targets, build_tokenizer, flop_per_image
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
@@ -107,6 +108,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         windows = tensors["aux"]["windows"]
         window.copy_(windows[rank] if len(windows) == world else windows.mean(0))
     start = state["step"]
+    flop = flop_per_image(cfg, objective, accelerator)
     if cfg.ssdd.compile:
         network.compile()
     model, optimizer = accelerator.prepare(objective, optimizer)
@@ -152,7 +154,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     z_shape = (network.z_dim, cfg.dataset.im_size // network.f, cfg.dataset.im_size // network.f)
     time_args = cfg.ssdd.fm_trainer.t_sampler_args
     batches = train_batches(dataset, batch_size, cfg.seed, start, rank, world, cfg.dataset.workers)
-    began, logged_at, logged_step = time.perf_counter() - state["seconds"], time.perf_counter(), start
+    began = time.perf_counter() - state["seconds"]
+    throughput = Throughput(device, accelerator.mixed_precision, batch_size, flop, world, start)
     progress = ProgressLog(
         steps,
         description=f"{'distil' if cfg.distill_teacher else 'train'} {cfg.run_name}",
@@ -163,7 +166,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     with StopRequest() as stop, progress:
         for step in range(start, steps):
             # Data and draws of this step.
-            x, _, indices, epoch = next(batches)
+            x, _, indices, epoch = throughput.next(batches)
             x = x.to(device, non_blocking=True, memory_format=torch.channels_last)  # [b, 3, H, W]
             shapes = (batch_size, *x.shape[1:]), (batch_size, *z_shape)
             draws = step_draws(cfg.seed, step, *shapes, device, time_args.t_mean, time_args.t_std)
@@ -227,19 +230,18 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 check_finite(accelerator, bad_step, last)
             if logging:
                 means = (accelerator.reduce(window, "mean") / state["window_steps"]).tolist()
-                now = time.perf_counter()
-                rate = (done - logged_step) * batch_size / (now - logged_at)
-                logged_at, logged_step = now, done
                 state["metrics"] = dict(zip(logged, means, strict=True))
-                values = {**state["metrics"], "lr": lr, "images": done * batch_size, "images_per_s": rate}
-                progress.metrics(done, values)
+                values = {**state["metrics"], "lr": lr, "images": done * batch_size}
+                progress.metrics(done, values | throughput.line(done))
                 window.zero_()
                 state["window_steps"] = 0
 
             # Evaluate the averaged weights; the best ones are kept.
             if evaluating:
                 shown.load_state_dict(network.state_dict() | ema.tensors())
-                scores = evaluation.run([Row("tokenizer", shown, network.config["fm_sampler"]["steps"])])["rows"][0]
+                row = Row("tokenizer", shown, network.config["fm_sampler"]["steps"])
+                with throughput.paused():
+                    scores = evaluation.run([row])["rows"][0]
                 metric, value = evaluation.deciding(scores, training.save_on_best)
                 progress.metrics(done, {f"val/{name}": v for name, v in scores.items() if isinstance(v, float)})
                 best = state["best"]
@@ -247,13 +249,13 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 if broadcast_object_list([better])[0]:  # one answer for all processes, to the last bit
                     state["best"] = {"metric": metric, "value": value, "step": done}
                     save("best")
-                logged_at = time.perf_counter()
 
             # Checkpoint.
             if saving:
                 state["seconds"] = time.perf_counter() - began
-                save("last")
-                accelerator.wait_for_everyone()
+                with throughput.paused():
+                    save("last")
+                    accelerator.wait_for_everyone()
             if stopping and not ended:
                 progress.message(f"stopped by a signal after step {done}; the same command continues from {last}")
                 raise SystemExit(0)

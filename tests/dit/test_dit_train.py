@@ -31,9 +31,13 @@ def weights(cfg: DiTConfig) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder(cfg) / "checkpoints" / "last").glob("*.safetensors")}
 
 
+SPEED = ("images_per_s", "data_wait", "memory", "mfu")
+
+
 def metrics(cfg: DiTConfig) -> list[dict]:
+    """The lines of the run, but for what depends on the machine's load."""
     rows = [json.loads(line) for line in (folder(cfg) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "images_per_s"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in SPEED} for row in rows]
 
 
 def signal_after(monkeypatch: pytest.MonkeyPatch, number: int, updates: int) -> None:

@@ -64,6 +64,8 @@ def test_the_loss_falls_and_the_run_directory_is_complete(config):
     lines = directory.read_metrics()
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert sum(line["diffusion"] for line in lines[-3:]) < 0.8 * sum(line["diffusion"] for line in lines[:3])
+    for line in lines:
+        assert line["images_per_s"] > 0 and 0 <= line["data_wait"] < 1 and line["memory"] > 0 and line["mfu"] > 0
     assert result["steps"] == 12 and (directory.path / "config.yaml").is_file() and directory.result.is_file()
 
 
