@@ -64,6 +64,8 @@ class TrainingConfig:
     """Averaged weights."""
     save_every: int = 5_000
     """Steps between checkpoints; `last` is also written at the end."""
+    keep: int = 0
+    """Newest of the checkpoints of every save_every steps to keep as run@step-000123, beside `last`."""
     log_freq: int = 100
     """Steps between lines of metrics.jsonl, and between the only waits for the device."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})

@@ -123,7 +123,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     metadata = {**network.metadata(), "trained_on": json.dumps(_trained_on(cache))}
     parameters = dict(network.named_parameters())
 
-    def save() -> None:
+    def save(names: list[str]) -> None:
         windows = accelerator.gather(window.unsqueeze(0))  # [world, 2]
         if not accelerator.is_main_process:
             return
@@ -137,7 +137,11 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         state.update(identity=identity, ema=ema.state(), optimizer=optimizer_values)
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
-        checkpoint.save(last, groups, state, metadata)
+        checkpoint.save(directory.checkpoints / names[0], groups, state, metadata)
+        for name in names[1:]:
+            checkpoint.link(directory.checkpoints / names[0], directory.checkpoints / name)
+        if training.keep:
+            checkpoint.keep_newest(directory.checkpoints, training.keep)
 
     batches = cache.batches(training.batch_size, seed=cfg.seed, start_step=start, rank=rank, world=world)
     began = time.perf_counter() - state["seconds"]
@@ -197,11 +201,12 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 window.zero_()
                 state["window_steps"] = 0
 
-            # Checkpoint.
+            # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:
+                kept = training.keep > 0 and done % training.save_every == 0
                 state["seconds"] = time.perf_counter() - began
                 with throughput.paused():
-                    save()
+                    save([*[checkpoint.step_name(done)] * kept, "last"])
                     accelerator.wait_for_everyone()
             if stopping and done < training.steps:
                 progress.message(f"stopped by a signal after step {done}; the same command continues from {last}")

@@ -121,7 +121,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         directory.save_config(cfg)
         directory.truncate_metrics(start)
 
-    def save(name: str) -> None:
+    def save(names: list[str]) -> None:
         windows = accelerator.gather(window.unsqueeze(0))  # [world, terms + 1]
         if not accelerator.is_main_process:
             return
@@ -138,7 +138,11 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             groups["optimizer_gan"], state["optimizer_gan"] = checkpoint.optimizer_tensors(gan_optimizer.optimizer)
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
-        checkpoint.save(directory.checkpoints / name, groups, state, network.metadata)
+        checkpoint.save(directory.checkpoints / names[0], groups, state, network.metadata)
+        for name in names[1:]:
+            checkpoint.link(directory.checkpoints / names[0], directory.checkpoints / name)
+        if training.keep:
+            checkpoint.keep_newest(directory.checkpoints, training.keep)
 
     def discriminator_backward(part: slice) -> torch.Tensor:
         """Gradients of the discriminator's loss on the images of the last forward pass; the loss, detached."""
@@ -225,6 +229,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             due = whole_epochs is not None and whole_epochs % training.eval_freq == 0 if evaluation else False
             evaluating = evaluation is not None and (ended or due)
             logging = done == 1 or done % training.log_freq == 0 or ended
+            names: list[str] = []  # of checkpoints beside `last`
             saving = stopping or ended or done % training.save_every == 0 or evaluating
             if logging or saving:
                 check_finite(accelerator, bad_step, last)
@@ -248,13 +253,15 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 better = best is None or best["metric"] != metric or value > best["value"]
                 if broadcast_object_list([better])[0]:  # one answer for all processes, to the last bit
                     state["best"] = {"metric": metric, "value": value, "step": done}
-                    save("best")
+                    names.append("best")
 
-            # Checkpoint.
+            # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
+            if training.keep and done % training.save_every == 0:
+                names.append(checkpoint.step_name(done))
             if saving:
                 state["seconds"] = time.perf_counter() - began
                 with throughput.paused():
-                    save("last")
+                    save([*names, "last"])
                     accelerator.wait_for_everyone()
             if stopping and not ended:
                 progress.message(f"stopped by a signal after step {done}; the same command continues from {last}")

@@ -135,6 +135,18 @@ def test_accumulation_changes_memory_and_not_the_loss(settings):
         assert row_parts == pytest.approx(row_whole, rel=1e-3)
 
 
+def test_the_newest_regular_checkpoints_are_kept_as_they_were_and_can_be_named(settings):
+    short, long = settings("short", steps=8), settings("long", keep=2, save_every=2)
+    run(short)
+    run(long)
+    kept = {path.name for path in (folder(long) / "checkpoints").iterdir()}
+    assert kept == {"last", "step-000008", "step-000010"}
+    at_8, at_10 = (folder(long) / "checkpoints" / name for name in ("step-000008", "step-000010"))
+    assert (at_8 / "model.safetensors").read_bytes() == weights(short)["model.safetensors"]
+    assert {path.name: path.read_bytes() for path in at_10.glob("*.safetensors")} == weights(long)
+    assert DiT.from_pretrained("long@step-000008", long.ckpt_dir).config["name"] == "DiT-XXS/1"
+
+
 def test_a_finished_run_can_be_asked_again_and_prolonged(settings):
     short, long = settings("run", steps=5), settings("run", steps=8)
     result = run(short)

@@ -74,10 +74,12 @@ def test_bytes_do_not_depend_on_logs_checkpoints_or_evaluations(config, tmp_path
     shared = ["training.steps=10", f"training.optimizer={optimizer}", "ssdd.encoder_train=true"]
     run(config(*shared, "training.log_freq=10", "training.save_every=100"))
     other = tmp_path / "other"
-    run(config(*shared, f"ckpt_dir={other}", "training.save_every=1", "training.eval_freq=1"))
+    run(config(*shared, f"ckpt_dir={other}", "training.save_every=1", "training.eval_freq=1", "training.keep=2"))
     ours, theirs = checkpoint_bytes(tmp_path), checkpoint_bytes(other)
     assert all(ours[name] == theirs[name] for name in ("model", "model_ema", "optimizer"))
-    assert (other / "jobs" / "tokenizer" / "checkpoints" / "best" / "state.json").is_file()
+    kept = {path.name for path in (other / "jobs" / "tokenizer" / "checkpoints").iterdir()}
+    assert kept == {"last", "best", "step-000009", "step-000010"}
+    assert SSDD.from_pretrained("tokenizer@step-000009", other).config["encoder"]["name"] == "f8c2"
 
 
 @pytest.mark.parametrize(
