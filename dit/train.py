@@ -7,6 +7,7 @@ have drawn.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from dit.config import DiTConfig, TrainingConfig
 from dit.model import DiT
+from dit.pictures import SamplePicture
 from latent_cache import LatentDataset
 from ssdd.engine import checkpoint
 from ssdd.engine.ema import Ema
@@ -31,7 +33,14 @@ from ssdd.engine.noise import batch_generator, seed_of
 from ssdd.engine.optim import learning_rate
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.throughput import Throughput, count_flop
-from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
+from ssdd.engine.training import (
+    check_finite,
+    check_identity,
+    open_accelerator,
+    peak_memory,
+    picture_due,
+    rows_a_process,
+)
 from ssdd.flow import interpolate, logit_normal_t, uniform_t, velocity_target
 
 
@@ -86,6 +95,8 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         trainable, lr=training.lr, betas=(0.9, training.beta2), weight_decay=training.weight_decay, fused=True
     )
     ema = Ema(dict(network.named_parameters()), training.ema.decay, min(training.ema.start_iter, training.steps // 10))
+    picture = SamplePicture(cfg, cache, accelerator) if training.tokenizer and training.sample_every != 0 else None
+    shown = copy.deepcopy(network).eval() if picture else None  # the averaged weights, while they are sampled
     window = torch.zeros(2, device=device)  # sums of loss and gradient norm since the last line of metrics
     bad_step = torch.full((), -1, device=device)  # first step with a non-finite loss or gradient; read when logging
 
@@ -201,6 +212,12 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 window.zero_()
                 state["window_steps"] = 0
 
+            # Draw samples of the averaged weights.
+            if picture is not None and picture_due(training.sample_every, done, saving) and accelerator.is_main_process:
+                with throughput.paused():
+                    shown.load_state_dict(network.state_dict() | ema.tensors())
+                    progress.picture(done, "samples", picture.draw(shown))
+
             # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:
                 kept = training.keep > 0 and done % training.save_every == 0
@@ -239,6 +256,8 @@ def _open_cache(cfg: DiTConfig) -> LatentDataset:
 
 def _rows_a_process(training: TrainingConfig, world: int) -> int:
     """Latents of a step that each of `world` processes sees; UserError when the numbers in the config do not work."""
+    if training.sample_every and training.tokenizer is None:
+        raise UserError("training.sample_every needs training.tokenizer=<checkpoint reference>, which decodes samples.")
     for key in ("steps", "save_every", "log_freq"):
         if getattr(training, key) < 1:
             raise UserError(f"training.{key}={getattr(training, key)} must be at least 1.")

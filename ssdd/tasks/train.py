@@ -30,11 +30,19 @@ from ssdd.engine.noise import seed_of
 from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.throughput import Throughput
-from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
+from ssdd.engine.training import (
+    check_finite,
+    check_identity,
+    open_accelerator,
+    peak_memory,
+    picture_due,
+    rows_a_process,
+)
 from ssdd.objective import step_draws, weighted_sum
 from ssdd.tasks.dry_run import dry_run
 from ssdd.tasks.evaluate import Evaluation
 from ssdd.tasks.networks import build_discriminator, build_objective, build_targets, build_tokenizer, flop_per_image
+from ssdd.tasks.pictures import ReconstructionPicture
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
@@ -76,7 +84,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         gan_optimizer = build_optimizer(training.optimizer, gan_groups, training.lr, training.betas)
     ema = Ema(parameters, cfg.ssdd.ema.decay, min(cfg.ssdd.ema.start_iter, steps // 10))
     evaluation = Evaluation(cfg, accelerator) if training.eval_freq else None
-    shown = copy.deepcopy(network) if evaluation else None  # the averaged weights, while they are evaluated
+    drawn = training.sample_every or (training.sample_every is None and evaluation is not None)
+    picture = ReconstructionPicture(cfg, accelerator) if drawn else None
+    shown = copy.deepcopy(network) if evaluation or picture else None  # the averaged weights, while they are looked at
     logged = [*objective.terms, *["gan_train"] * (discriminator is not None), "grad_norm"]
     window = torch.zeros(len(logged), device=device)  # their sums since the last line
     bad_step = torch.full((), -1, device=device)  # first step with a non-finite loss or gradient; read when logging
@@ -241,9 +251,14 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 window.zero_()
                 state["window_steps"] = 0
 
-            # Evaluate the averaged weights; the best ones are kept.
-            if evaluating:
+            # Look at the averaged weights; the best ones are kept.
+            drawing = picture is not None and picture_due(training.sample_every, done, evaluating)
+            if evaluating or drawing:
                 shown.load_state_dict(network.state_dict() | ema.tensors())
+            if drawing and accelerator.is_main_process:
+                with throughput.paused():
+                    progress.picture(done, "reconstructions", picture.draw(shown))
+            if evaluating:
                 row = Row("tokenizer", shown, network.config["fm_sampler"]["steps"])
                 with throughput.paused():
                     scores = evaluation.run([row])["rows"][0]

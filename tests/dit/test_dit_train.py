@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dit.config import DiTConfig
 from dit.model import DiT
@@ -18,6 +19,7 @@ from dit.train import run, step_draws
 from ssdd.engine.config import to_yaml
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
+from ssdd.tokenizer import SSDD
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -145,6 +147,27 @@ def test_the_newest_regular_checkpoints_are_kept_as_they_were_and_can_be_named(s
     assert (at_8 / "model.safetensors").read_bytes() == weights(short)["model.safetensors"]
     assert {path.name: path.read_bytes() for path in at_10.glob("*.safetensors")} == weights(long)
     assert DiT.from_pretrained("long@step-000008", long.ckpt_dir).config["name"] == "DiT-XXS/1"
+
+
+def test_pictures_of_samples_change_no_byte_and_their_tokenizer_must_be_that_of_the_cache(settings, caches):
+    plain, drawn = settings("plain", steps=4), settings("drawn", steps=4)
+    run(plain)
+    drawn.training.sample_every, drawn.training.tokenizer = 2, str(caches["mean"].parent / "tokenizer")
+    drawn.sampling.steps = 2
+    run(drawn)
+    assert weights(drawn) == weights(plain)
+    pictures = sorted((folder(drawn) / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["samples-000002.png", "samples-000004.png"]
+    with Image.open(pictures[1]) as image:
+        assert image.size == (8 * 64 + 7 * 2, 2 * 64 + 2)  # sixteen digits of 32 px, enlarged
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+    assert not (folder(plain) / "pictures").exists()
+    SSDD({"name": "f8c2", "width": 16}, "XXS", encoder_train=True).save_pretrained(Path(drawn.ckpt_dir) / "other")
+    drawn.training.tokenizer = str(Path(drawn.ckpt_dir) / "other")
+    with pytest.raises(UserError, match="encoder"):
+        run(drawn)
+    with pytest.raises(UserError, match="training.tokenizer="):
+        run(settings(sample_every=2))
 
 
 def test_a_finished_run_can_be_asked_again_and_prolonged(settings):
