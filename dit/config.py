@@ -77,6 +77,12 @@ class TrainingConfig:
     """Averaged weights."""
     save_every: int = 5_000
     """Steps between checkpoints; `last` is also written at the end."""
+    tokenizer: str | None = None
+    """Checkpoint reference of the tokenizer that decodes pictures of samples, drawn as `sampling` says; null: none."""
+    sample_every: int | None = None
+    """Steps between those pictures; null: with every checkpoint; 0: never."""
+    keep: int = 0
+    """Newest of the checkpoints of every save_every steps to keep as run@step-000123, beside `last`."""
     log_freq: int = 100
     """Steps between lines of metrics.jsonl, and between the only waits for the device."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})

@@ -7,6 +7,7 @@ have drawn.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dit.config import DiTConfig, TrainingConfig
 from dit.model import DiT
+from dit.pictures import SamplePicture
 from latent_cache import LatentDataset
 from ssdd.engine import checkpoint
 from ssdd.engine.ema import Ema
@@ -29,7 +32,15 @@ from ssdd.engine.log import ProgressLog
 from ssdd.engine.noise import batch_generator, seed_of
 from ssdd.engine.optim import learning_rate
 from ssdd.engine.run import RunDirectory
-from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
+from ssdd.engine.throughput import Throughput, count_flop
+from ssdd.engine.training import (
+    check_finite,
+    check_identity,
+    open_accelerator,
+    peak_memory,
+    picture_due,
+    rows_a_process,
+)
 from ssdd.flow import interpolate, logit_normal_t, uniform_t, velocity_target
 
 
@@ -84,6 +95,8 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         trainable, lr=training.lr, betas=(0.9, training.beta2), weight_decay=training.weight_decay, fused=True
     )
     ema = Ema(dict(network.named_parameters()), training.ema.decay, min(training.ema.start_iter, training.steps // 10))
+    picture = SamplePicture(cfg, cache, accelerator) if training.tokenizer and training.sample_every != 0 else None
+    shown = copy.deepcopy(network).eval() if picture else None  # the averaged weights, while they are sampled
     window = torch.zeros(2, device=device)  # sums of loss and gradient norm since the last line of metrics
     bad_step = torch.full((), -1, device=device)  # first step with a non-finite loss or gradient; read when logging
 
@@ -104,6 +117,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     start = state["step"]
     if start > training.steps:
         raise UserError(f"{last} is at step {start}, beyond training.steps={training.steps}; choose another run_name.")
+    flop = _flop_per_latent(cfg, network, cache, accelerator)
     if training.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, optimizer)
@@ -120,7 +134,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     metadata = {**network.metadata(), "trained_on": json.dumps(_trained_on(cache))}
     parameters = dict(network.named_parameters())
 
-    def save() -> None:
+    def save(names: list[str]) -> None:
         windows = accelerator.gather(window.unsqueeze(0))  # [world, 2]
         if not accelerator.is_main_process:
             return
@@ -134,10 +148,15 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         state.update(identity=identity, ema=ema.state(), optimizer=optimizer_values)
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
-        checkpoint.save(last, groups, state, metadata)
+        checkpoint.save(directory.checkpoints / names[0], groups, state, metadata)
+        for name in names[1:]:
+            checkpoint.link(directory.checkpoints / names[0], directory.checkpoints / name)
+        if training.keep:
+            checkpoint.keep_newest(directory.checkpoints, training.keep)
 
     batches = cache.batches(training.batch_size, seed=cfg.seed, start_step=start, rank=rank, world=world)
-    began, logged_at, logged_step = time.perf_counter() - state["seconds"], time.perf_counter(), start
+    began = time.perf_counter() - state["seconds"]
+    throughput = Throughput(device, accelerator.mixed_precision, training.batch_size, flop, world, start)
     progress = ProgressLog(
         training.steps,
         description=f"train {cfg.run_name}",
@@ -148,7 +167,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     with StopRequest() as stop, progress:
         for step in range(start, training.steps):
             # Data and draws of this step.
-            z, y, _ = next(batches)  # [b, C, h, w], [b]
+            z, y, _ = throughput.next(batches)  # [b, C, h, w], [b]
             z, y = z.to(device, non_blocking=True), y.to(device, non_blocking=True)
             draws = step_draws(cfg, step, (training.batch_size, *z.shape[1:]), device)
             draws = draws.rows(slice(rank * rows, (rank + 1) * rows))
@@ -186,20 +205,26 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 check_finite(accelerator, bad_step, last)
             if logging:
                 loss_mean, norm_mean = (accelerator.reduce(window, "mean") / state["window_steps"]).tolist()
-                now = time.perf_counter()
-                rate = (done - logged_step) * training.batch_size / (now - logged_at)
-                logged_at, logged_step = now, done
                 values = {"loss": loss_mean, "grad_norm": norm_mean, "lr": lr}
                 state["metrics"] = values
-                progress.metrics(done, {**values, "images": done * training.batch_size, "images_per_s": rate})
+                counts = {"images": done * training.batch_size}
+                progress.metrics(done, values | counts | throughput.line(done))
                 window.zero_()
                 state["window_steps"] = 0
 
-            # Checkpoint.
+            # Draw samples of the averaged weights.
+            if picture is not None and picture_due(training.sample_every, done, saving) and accelerator.is_main_process:
+                with throughput.paused():
+                    shown.load_state_dict(network.state_dict() | ema.tensors())
+                    progress.picture(done, "samples", picture.draw(shown))
+
+            # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:
+                kept = training.keep > 0 and done % training.save_every == 0
                 state["seconds"] = time.perf_counter() - began
-                save()
-                accelerator.wait_for_everyone()
+                with throughput.paused():
+                    save([*[checkpoint.step_name(done)] * kept, "last"])
+                    accelerator.wait_for_everyone()
             if stopping and done < training.steps:
                 progress.message(f"stopped by a signal after step {done}; the same command continues from {last}")
                 raise SystemExit(0)
@@ -231,6 +256,8 @@ def _open_cache(cfg: DiTConfig) -> LatentDataset:
 
 def _rows_a_process(training: TrainingConfig, world: int) -> int:
     """Latents of a step that each of `world` processes sees; UserError when the numbers in the config do not work."""
+    if training.sample_every and training.tokenizer is None:
+        raise UserError("training.sample_every needs training.tokenizer=<checkpoint reference>, which decodes samples.")
     for key in ("steps", "save_every", "log_freq"):
         if getattr(training, key) < 1:
             raise UserError(f"training.{key}={getattr(training, key)} must be at least 1.")
@@ -258,6 +285,15 @@ def _new_network(cfg: DiTConfig, cache: LatentDataset) -> DiT:
         )
     except UserError as error:
         raise UserError(f"model.name={cfg.model.name} does not fit the cache {cfg.cache}: {error}") from None
+
+
+def _flop_per_latent(cfg: DiTConfig, network: DiT, cache: LatentDataset, accelerator: Accelerator) -> int:
+    """FLOP of one training latent, forward and backward."""
+    z = torch.zeros(1, *cache.latent_shape, device=accelerator.device)
+    y, draws = torch.zeros(1, dtype=torch.int64, device=z.device), step_draws(cfg, 0, tuple(z.shape), z.device)
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    with accelerator.autocast():
+        return count_flop(lambda: velocity_loss(network, z, y, draws, network), trainable)
 
 
 def _trained_on(cache: LatentDataset) -> dict[str, Any]:

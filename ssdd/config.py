@@ -213,6 +213,10 @@ class TrainingConfig:
     """Metric that decides what `best` is; PSNR instead where its network has no weights."""
     save_every: int = 5_000
     """Steps between checkpoints; `last` is also written with every evaluation and at the end."""
+    sample_every: int | None = None
+    """Steps between pictures of originals above reconstructions; null: with every evaluation; 0: never."""
+    keep: int = 0
+    """Newest of the checkpoints of every save_every steps to keep as run@step-000123, beside `last`."""
     log_freq: int = 200
     """Steps between lines of metrics.jsonl, and between the only waits for the device."""
 

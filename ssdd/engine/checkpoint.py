@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import plain, sync_folder, write_atomic
 
 STATE_FILE = "state.json"
+STEP_NAME = re.compile(r"step-(\d{6,})")
 # Averaged weights first; then the names in folders of the official SSDD code, and of diffusers.
 WEIGHT_FILES = (
     "model_ema.safetensors",
@@ -47,25 +50,41 @@ def save(
     ``state`` is made of JSON values with string keys; floats, also NaN and infinities, come back exactly. Equal
     arguments give equal bytes. Everything is on disk when this returns.
     """
-    folder = Path(folder)
-    new, old = _beside(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    found = _complete(folder)
-    if found is not None and found != folder:  # a writer was killed between its two renames
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(found, folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    for name, group in tensors.items():
-        save_tensors(new / f"{name}.safetensors", group, metadata)
-    write_atomic(new / STATE_FILE, json.dumps(state, indent=1, default=plain) + "\n")
-    sync_folder(new)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with _replaced(Path(folder)) as new:
+        for name, group in tensors.items():
+            save_tensors(new / f"{name}.safetensors", group, metadata)
+        write_atomic(new / STATE_FILE, json.dumps(state, indent=1, default=plain) + "\n")
+
+
+def link(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Replace ``folder`` by the checkpoint ``source``, which costs no space: weights are hard links where those exist.
+
+    Both may be replaced or deleted later without harm to the other, since no file of a checkpoint is changed in place.
+    """
+    source = Path(source)
+    with _replaced(Path(folder)) as new:
+        for path in source.glob("*.safetensors"):
+            try:
+                os.link(path, new / path.name)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, new / path.name)
+                with open(new / path.name, "r+b") as file:
+                    os.fsync(file.fileno())
+        write_atomic(new / STATE_FILE, (source / STATE_FILE).read_bytes())
+
+
+def step_name(step: int) -> str:
+    """Name of the checkpoint that is kept of ``step``: ``step-000123``."""
+    return f"step-{step:06d}"
+
+
+def keep_newest(checkpoints: str | os.PathLike[str], count: int) -> None:
+    """Delete all but the ``count`` newest of the folders in ``checkpoints`` that have a :func:`step_name`."""
+    named = ((STEP_NAME.fullmatch(path.name), path) for path in Path(checkpoints).glob("step-*"))
+    steps = sorted((int(match[1]), path) for match, path in named if match)
+    for _, path in steps[: max(0, len(steps) - count)]:
+        (path / STATE_FILE).unlink(missing_ok=True)  # from here on it is no checkpoint any more
+        shutil.rmtree(path)
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -173,8 +192,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 def resolve(reference: str, ckpt_dir: str | os.PathLike[str]) -> Path:
     """The weights file that ``reference`` means.
 
-    ``run``, ``run@last`` (the same) or ``run@best`` below ``ckpt_dir/jobs``; a checkpoint, run, official or diffusers
-    directory; or a file. Averaged (EMA) weights are preferred. :class:`UserError` lists what was
+    ``run``, ``run@last`` (the same), ``run@best`` or ``run@step-000123`` below ``ckpt_dir/jobs``; a checkpoint, run,
+    official or diffusers directory; or a file. Averaged (EMA) weights are preferred. :class:`UserError` lists what was
     looked for and the runs that exist.
     """
     if not reference:
@@ -206,6 +225,27 @@ def resolve(reference: str, ckpt_dir: str | os.PathLike[str]) -> Path:
 def _checkpoint_names(checkpoints: Path) -> list[str]:
     names = {path.name.removesuffix(".new").removesuffix(".old") for path in checkpoints.glob("*")}
     return sorted(name for name in names if exists(checkpoints / name))
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A new folder to be filled, its state file last, that then takes the place of ``folder``."""
+    new, old = _beside(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    found = _complete(folder)
+    if found is not None and found != folder:  # a writer was killed between its two renames
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(found, folder)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    yield new
+    sync_folder(new)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.pictures import save_png
 from ssdd.engine.run import RunDirectory
 
 
@@ -62,7 +63,9 @@ class ProgressLog:
             self._line(f"{self.position()}  " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Show a uint8 [H, W, 3] picture in TensorBoard."""
+        """Write a uint8 [H, W, 3] picture to ``pictures/<name>-<step>.png`` of the run; show it in TensorBoard."""
+        if self._run is not None:
+            save_png(self._run.pictures / f"{name}-{step:06d}.png", image)
         if self._board is not None:
             self._board.add_image(name, image, step, dataformats="HWC")
 

@@ -56,6 +56,11 @@ def check_finite(accelerator: Accelerator, bad_step: Tensor, last: Path) -> None
         )
 
 
+def picture_due(every: int | None, done: int, otherwise: bool) -> bool:
+    """Whether `done` steps call for a picture: every so many (0: never), or for None if `otherwise` does."""
+    return otherwise if every is None else every > 0 and done % every == 0
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's work, before and after a timed section; nothing on a CPU."""
     if device.type != "cpu":

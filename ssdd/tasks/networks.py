@@ -15,8 +15,9 @@ from ssdd.distill import DistillationObjective
 from ssdd.encoder import ENCODER_NAME
 from ssdd.engine.errors import UserError
 from ssdd.engine.images import ImageDataset, eval_batches, open_source
+from ssdd.engine.throughput import count_flop
 from ssdd.gan import Discriminator
-from ssdd.objective import AutoencoderObjective, FlowObjective, ImageLosses
+from ssdd.objective import AutoencoderObjective, FlowObjective, ImageLosses, step_draws
 from ssdd.perceptual import FeatureDistance, Lpips
 from ssdd.repa import PatchTokens, RepaLoss
 from ssdd.targets import TargetStore
@@ -131,3 +132,16 @@ def build_targets(
     store.build(dataset, objective.teacher, steps, accelerator.process_index, accelerator.num_processes)
     accelerator.wait_for_everyone()
     return store
+
+
+def flop_per_image(cfg: SSDDConfig, objective: nn.Module, accelerator: Accelerator) -> int:
+    """FLOP of one training image, forward and backward, on losses and teacher too; without the adversary."""
+    network, side, device = objective.tokenizer, cfg.dataset.im_size, accelerator.device
+    image, latent = (1, 3, side, side), (1, network.z_dim, side // network.f, side // network.f)
+    x, draws = torch.zeros(image, device=device), step_draws(cfg.seed, 0, image, latent, device)
+    stored = cfg.distill_teacher and cfg.distill.targets == "cache"
+    given = [(torch.zeros(latent, device=device), x)] if stored else []
+    objective.images.with_adversary = False
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    with accelerator.autocast():
+        return count_flop(lambda: sum(objective(x, draws, *given).values()), trained)

@@ -29,11 +29,20 @@ from ssdd.engine.log import ProgressLog
 from ssdd.engine.noise import seed_of
 from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
 from ssdd.engine.run import RunDirectory
-from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
+from ssdd.engine.throughput import Throughput
+from ssdd.engine.training import (
+    check_finite,
+    check_identity,
+    open_accelerator,
+    peak_memory,
+    picture_due,
+    rows_a_process,
+)
 from ssdd.objective import step_draws, weighted_sum
 from ssdd.tasks.dry_run import dry_run
 from ssdd.tasks.evaluate import Evaluation
-from ssdd.tasks.networks import build_discriminator, build_objective, build_targets, build_tokenizer
+from ssdd.tasks.networks import build_discriminator, build_objective, build_targets, build_tokenizer, flop_per_image
+from ssdd.tasks.pictures import ReconstructionPicture
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
@@ -75,7 +84,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         gan_optimizer = build_optimizer(training.optimizer, gan_groups, training.lr, training.betas)
     ema = Ema(parameters, cfg.ssdd.ema.decay, min(cfg.ssdd.ema.start_iter, steps // 10))
     evaluation = Evaluation(cfg, accelerator) if training.eval_freq else None
-    shown = copy.deepcopy(network) if evaluation else None  # the averaged weights, while they are evaluated
+    drawn = training.sample_every or (training.sample_every is None and evaluation is not None)
+    picture = ReconstructionPicture(cfg, accelerator) if drawn else None
+    shown = copy.deepcopy(network) if evaluation or picture else None  # the averaged weights, while they are looked at
     logged = [*objective.terms, *["gan_train"] * (discriminator is not None), "grad_norm"]
     window = torch.zeros(len(logged), device=device)  # their sums since the last line
     bad_step = torch.full((), -1, device=device)  # first step with a non-finite loss or gradient; read when logging
@@ -107,6 +118,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         windows = tensors["aux"]["windows"]
         window.copy_(windows[rank] if len(windows) == world else windows.mean(0))
     start = state["step"]
+    flop = flop_per_image(cfg, objective, accelerator)
     if cfg.ssdd.compile:
         network.compile()
     model, optimizer = accelerator.prepare(objective, optimizer)
@@ -119,7 +131,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         directory.save_config(cfg)
         directory.truncate_metrics(start)
 
-    def save(name: str) -> None:
+    def save(names: list[str]) -> None:
         windows = accelerator.gather(window.unsqueeze(0))  # [world, terms + 1]
         if not accelerator.is_main_process:
             return
@@ -136,7 +148,11 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             groups["optimizer_gan"], state["optimizer_gan"] = checkpoint.optimizer_tensors(gan_optimizer.optimizer)
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
-        checkpoint.save(directory.checkpoints / name, groups, state, network.metadata)
+        checkpoint.save(directory.checkpoints / names[0], groups, state, network.metadata)
+        for name in names[1:]:
+            checkpoint.link(directory.checkpoints / names[0], directory.checkpoints / name)
+        if training.keep:
+            checkpoint.keep_newest(directory.checkpoints, training.keep)
 
     def discriminator_backward(part: slice) -> torch.Tensor:
         """Gradients of the discriminator's loss on the images of the last forward pass; the loss, detached."""
@@ -152,7 +168,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     z_shape = (network.z_dim, cfg.dataset.im_size // network.f, cfg.dataset.im_size // network.f)
     time_args = cfg.ssdd.fm_trainer.t_sampler_args
     batches = train_batches(dataset, batch_size, cfg.seed, start, rank, world, cfg.dataset.workers)
-    began, logged_at, logged_step = time.perf_counter() - state["seconds"], time.perf_counter(), start
+    began = time.perf_counter() - state["seconds"]
+    throughput = Throughput(device, accelerator.mixed_precision, batch_size, flop, world, start)
     progress = ProgressLog(
         steps,
         description=f"{'distil' if cfg.distill_teacher else 'train'} {cfg.run_name}",
@@ -163,7 +180,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     with StopRequest() as stop, progress:
         for step in range(start, steps):
             # Data and draws of this step.
-            x, _, indices, epoch = next(batches)
+            x, _, indices, epoch = throughput.next(batches)
             x = x.to(device, non_blocking=True, memory_format=torch.channels_last)  # [b, 3, H, W]
             shapes = (batch_size, *x.shape[1:]), (batch_size, *z_shape)
             draws = step_draws(cfg.seed, step, *shapes, device, time_args.t_mean, time_args.t_std)
@@ -222,38 +239,45 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             due = whole_epochs is not None and whole_epochs % training.eval_freq == 0 if evaluation else False
             evaluating = evaluation is not None and (ended or due)
             logging = done == 1 or done % training.log_freq == 0 or ended
+            names: list[str] = []  # of checkpoints beside `last`
             saving = stopping or ended or done % training.save_every == 0 or evaluating
             if logging or saving:
                 check_finite(accelerator, bad_step, last)
             if logging:
                 means = (accelerator.reduce(window, "mean") / state["window_steps"]).tolist()
-                now = time.perf_counter()
-                rate = (done - logged_step) * batch_size / (now - logged_at)
-                logged_at, logged_step = now, done
                 state["metrics"] = dict(zip(logged, means, strict=True))
-                values = {**state["metrics"], "lr": lr, "images": done * batch_size, "images_per_s": rate}
-                progress.metrics(done, values)
+                values = {**state["metrics"], "lr": lr, "images": done * batch_size}
+                progress.metrics(done, values | throughput.line(done))
                 window.zero_()
                 state["window_steps"] = 0
 
-            # Evaluate the averaged weights; the best ones are kept.
-            if evaluating:
+            # Look at the averaged weights; the best ones are kept.
+            drawing = picture is not None and picture_due(training.sample_every, done, evaluating)
+            if evaluating or drawing:
                 shown.load_state_dict(network.state_dict() | ema.tensors())
-                scores = evaluation.run([Row("tokenizer", shown, network.config["fm_sampler"]["steps"])])["rows"][0]
+            if drawing and accelerator.is_main_process:
+                with throughput.paused():
+                    progress.picture(done, "reconstructions", picture.draw(shown))
+            if evaluating:
+                row = Row("tokenizer", shown, network.config["fm_sampler"]["steps"])
+                with throughput.paused():
+                    scores = evaluation.run([row])["rows"][0]
                 metric, value = evaluation.deciding(scores, training.save_on_best)
                 progress.metrics(done, {f"val/{name}": v for name, v in scores.items() if isinstance(v, float)})
                 best = state["best"]
                 better = best is None or best["metric"] != metric or value > best["value"]
                 if broadcast_object_list([better])[0]:  # one answer for all processes, to the last bit
                     state["best"] = {"metric": metric, "value": value, "step": done}
-                    save("best")
-                logged_at = time.perf_counter()
+                    names.append("best")
 
-            # Checkpoint.
+            # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
+            if training.keep and done % training.save_every == 0:
+                names.append(checkpoint.step_name(done))
             if saving:
                 state["seconds"] = time.perf_counter() - began
-                save("last")
-                accelerator.wait_for_everyone()
+                with throughput.paused():
+                    save([*names, "last"])
+                    accelerator.wait_for_everyone()
             if stopping and not ended:
                 progress.message(f"stopped by a signal after step {done}; the same command continues from {last}")
                 raise SystemExit(0)

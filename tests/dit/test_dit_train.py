@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dit.config import DiTConfig
 from dit.model import DiT
@@ -18,6 +19,7 @@ from dit.train import run, step_draws
 from ssdd.engine.config import to_yaml
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
+from ssdd.tokenizer import SSDD
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -31,9 +33,13 @@ def weights(cfg: DiTConfig) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder(cfg) / "checkpoints" / "last").glob("*.safetensors")}
 
 
+SPEED = ("images_per_s", "data_wait", "memory", "mfu")
+
+
 def metrics(cfg: DiTConfig) -> list[dict]:
+    """The lines of the run, but for what depends on the machine's load."""
     rows = [json.loads(line) for line in (folder(cfg) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "images_per_s"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in SPEED} for row in rows]
 
 
 def signal_after(monkeypatch: pytest.MonkeyPatch, number: int, updates: int) -> None:
@@ -129,6 +135,39 @@ def test_accumulation_changes_memory_and_not_the_loss(settings):
     run(parts)
     for row_whole, row_parts in zip(metrics(whole), metrics(parts), strict=True):
         assert row_parts == pytest.approx(row_whole, rel=1e-3)
+
+
+def test_the_newest_regular_checkpoints_are_kept_as_they_were_and_can_be_named(settings):
+    short, long = settings("short", steps=8), settings("long", keep=2, save_every=2)
+    run(short)
+    run(long)
+    kept = {path.name for path in (folder(long) / "checkpoints").iterdir()}
+    assert kept == {"last", "step-000008", "step-000010"}
+    at_8, at_10 = (folder(long) / "checkpoints" / name for name in ("step-000008", "step-000010"))
+    assert (at_8 / "model.safetensors").read_bytes() == weights(short)["model.safetensors"]
+    assert {path.name: path.read_bytes() for path in at_10.glob("*.safetensors")} == weights(long)
+    assert DiT.from_pretrained("long@step-000008", long.ckpt_dir).config["name"] == "DiT-XXS/1"
+
+
+def test_pictures_of_samples_change_no_byte_and_their_tokenizer_must_be_that_of_the_cache(settings, caches):
+    plain, drawn = settings("plain", steps=4), settings("drawn", steps=4)
+    run(plain)
+    drawn.training.sample_every, drawn.training.tokenizer = 2, str(caches["mean"].parent / "tokenizer")
+    drawn.sampling.steps = 2
+    run(drawn)
+    assert weights(drawn) == weights(plain)
+    pictures = sorted((folder(drawn) / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["samples-000002.png", "samples-000004.png"]
+    with Image.open(pictures[1]) as image:
+        assert image.size == (8 * 64 + 7 * 2, 2 * 64 + 2)  # sixteen digits of 32 px, enlarged
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+    assert not (folder(plain) / "pictures").exists()
+    SSDD({"name": "f8c2", "width": 16}, "XXS", encoder_train=True).save_pretrained(Path(drawn.ckpt_dir) / "other")
+    drawn.training.tokenizer = str(Path(drawn.ckpt_dir) / "other")
+    with pytest.raises(UserError, match="encoder"):
+        run(drawn)
+    with pytest.raises(UserError, match="training.tokenizer="):
+        run(settings(sample_every=2))
 
 
 def test_a_finished_run_can_be_asked_again_and_prolonged(settings):

@@ -198,6 +198,39 @@ def test_a_writer_killed_at_any_system_call_loses_at_most_its_own_version(tmp_pa
     assert kills >= 8
 
 
+def test_a_linked_checkpoint_is_another_name_of_the_same_files_and_outlives_the_first(tmp_path):
+    checkpoint.save(tmp_path / "a", weights(1), {"version": 1})
+    before = contents(tmp_path / "a")
+    checkpoint.save(tmp_path / "b", weights(0), {"version": 0})
+    checkpoint.link(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a" / "model.safetensors").samefile(tmp_path / "b" / "model.safetensors")
+    checkpoint.save(tmp_path / "a", weights(2), {"version": 2})
+    assert (version(tmp_path / "a"), version(tmp_path / "b")) == (2, 1)
+    assert contents(tmp_path / "b") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
+    def refuse(*arguments: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoint.save(tmp_path / "a", weights(1), {"version": 1})
+    checkpoint.link(tmp_path / "a", tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_the_newest_steps_are_kept_by_number_and_no_other_folder_is_touched(tmp_path):
+    names = ["last", "best", "step-notes", *map(checkpoint.step_name, (5, 40, 999_999, 1_000_000))]
+    for name in names:
+        checkpoint.save(tmp_path / name, weights(1), {"version": 1})
+    checkpoint.keep_newest(tmp_path, 2)
+    kept = {"last", "best", "step-notes", "step-999999", "step-1000000"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    checkpoint.keep_newest(tmp_path, 5)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
 WRITER = """
 import sys
 import torch

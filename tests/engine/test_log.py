@@ -65,6 +65,7 @@ def test_metrics_go_to_the_run_and_to_tensorboard_and_a_resumed_run_replaces_wha
         for step in (1, 2, 3):
             log.metrics(step, {"loss": float(step)}, show=False)
         log.picture(3, "samples", np.zeros((4, 6, 3), np.uint8))
+    assert [path.name for path in run.pictures.iterdir()] == ["samples-000003.png"]
     assert run.read_metrics() == [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
     run.truncate_metrics(2)
     with ProgressLog(4, run=run, start=2, stream=io.StringIO()) as log:

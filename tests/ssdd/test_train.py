@@ -64,6 +64,8 @@ def test_the_loss_falls_and_the_run_directory_is_complete(config):
     lines = directory.read_metrics()
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert sum(line["diffusion"] for line in lines[-3:]) < 0.8 * sum(line["diffusion"] for line in lines[:3])
+    for line in lines:
+        assert line["images_per_s"] > 0 and 0 <= line["data_wait"] < 1 and line["memory"] > 0 and line["mfu"] > 0
     assert result["steps"] == 12 and (directory.path / "config.yaml").is_file() and directory.result.is_file()
 
 
@@ -72,10 +74,18 @@ def test_bytes_do_not_depend_on_logs_checkpoints_or_evaluations(config, tmp_path
     shared = ["training.steps=10", f"training.optimizer={optimizer}", "ssdd.encoder_train=true"]
     run(config(*shared, "training.log_freq=10", "training.save_every=100"))
     other = tmp_path / "other"
-    run(config(*shared, f"ckpt_dir={other}", "training.save_every=1", "training.eval_freq=1"))
-    ours, theirs = checkpoint_bytes(tmp_path), checkpoint_bytes(other)
-    assert all(ours[name] == theirs[name] for name in ("model", "model_ema", "optimizer"))
-    assert (other / "jobs" / "tokenizer" / "checkpoints" / "best" / "state.json").is_file()
+    run(config(*shared, f"ckpt_dir={other}", "training.save_every=1", "training.eval_freq=1", "training.keep=2"))
+    drawn = tmp_path / "drawn"
+    run(config(*shared, f"ckpt_dir={drawn}", "training.sample_every=4", "training.save_every=100"))
+    for theirs in (other, drawn):
+        ours, theirs = checkpoint_bytes(tmp_path), checkpoint_bytes(theirs)
+        assert all(ours[name] == theirs[name] for name in ("model", "model_ema", "optimizer"))
+    pictures = [sorted(folder.glob("jobs/tokenizer/pictures/*.png")) for folder in (tmp_path, drawn, other)]
+    assert [len(found) for found in pictures] == [0, 2, 3]  # asked for after 4 and 8; with evaluations after 4, 8, 10
+    assert pictures[1][0].read_bytes() == pictures[2][0].read_bytes()
+    kept = {path.name for path in (other / "jobs" / "tokenizer" / "checkpoints").iterdir()}
+    assert kept == {"last", "best", "step-000009", "step-000010"}
+    assert SSDD.from_pretrained("tokenizer@step-000009", other).config["encoder"]["name"] == "f8c2"
 
 
 @pytest.mark.parametrize(
