@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dit.config import DiTConfig, TrainingConfig
 from dit.model import DiT
-from latent_cache import LatentDataset
+from latent_cache import LatentDataset, StreamingLatents
 from ssdd.engine import checkpoint
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
@@ -223,10 +223,14 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     return result
 
 
-def _open_cache(cfg: DiTConfig) -> LatentDataset:
+def _open_cache(cfg: DiTConfig) -> LatentDataset | StreamingLatents:
     if cfg.cache is None:
         raise UserError("cache=DIR must be given: the folder that `python -m latent_cache build out=DIR` wrote.")
-    return LatentDataset(cfg.cache, split="train")
+    if "://" not in cfg.cache:
+        return LatentDataset(cfg.cache, split="train")
+    if cfg.cache_dir is None:
+        raise UserError(f"cache={cfg.cache} is a URL: cache_dir=DIR must be given, a local folder for its shards.")
+    return StreamingLatents(cfg.cache, split="train", cache_dir=cfg.cache_dir)
 
 
 def _rows_a_process(training: TrainingConfig, world: int) -> int:
@@ -237,7 +241,7 @@ def _rows_a_process(training: TrainingConfig, world: int) -> int:
     return rows_a_process("training.batch_size", training.batch_size, world, training.accumulate)
 
 
-def _new_network(cfg: DiTConfig, cache: LatentDataset) -> DiT:
+def _new_network(cfg: DiTConfig, cache: LatentDataset | StreamingLatents) -> DiT:
     if not 0.0 <= cfg.model.class_dropout < 1.0:
         raise UserError(f"model.class_dropout={cfg.model.class_dropout} must be in [0, 1).")
     channels, height, width = cache.latent_shape
@@ -260,6 +264,6 @@ def _new_network(cfg: DiTConfig, cache: LatentDataset) -> DiT:
         raise UserError(f"model.name={cfg.model.name} does not fit the cache {cfg.cache}: {error}") from None
 
 
-def _trained_on(cache: LatentDataset) -> dict[str, Any]:
+def _trained_on(cache: LatentDataset | StreamingLatents) -> dict[str, Any]:
     """What sampling and decoding need to know of the cache, so that a weights file is enough for both."""
     return {"cache": cache.manifest["sha256"], "z_stats": cache.norm.to_dict(), "class_names": cache.class_names}
