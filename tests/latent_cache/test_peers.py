@@ -23,6 +23,7 @@ from latent_cache.config import ExportConfig, ImportConfig
 from latent_cache.export import export
 from latent_cache.importing import import_latents
 from latent_cache.peers import lightningdit
+from latent_cache.rows import stored_rows
 from latent_cache.verify import verify
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
@@ -55,11 +56,11 @@ def mean_cache(tmp_path_factory):
 def stored(folder, view=0):
     """(means, logvars or None, labels) of a cache, raw, float32."""
     cache = LatentDataset(folder)
-    indices, flipped = range(len(cache)), [bool(view)] * len(cache) if view else None
-    rows = cache._gather_rows(np.arange(len(cache)), flipped)
+    parts = list(stored_rows(cache, np.arange(len(cache)), chunk=16))
+    rows = torch.from_numpy(np.concatenate([part.values[:, view] for part in parts])).float()
     channels = cache.latent_shape[0]
     logvars = rows[:, channels:] + 2 * cache.norm.std.log().view(-1, 1, 1) if cache.has_moments else None
-    return cache.norm.denormalise(rows[:, :channels]).numpy(), logvars, cache.labels[list(indices)]
+    return cache.norm.denormalise(rows[:, :channels]).numpy(), logvars, np.concatenate([part.labels for part in parts])
 
 
 def test_fast_dit_gets_normalised_latents_and_labels_by_number(mean_cache, tmp_path):
