@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from latent_cache.dataset import LatentDataset
+from latent_cache.streaming import StreamingLatents
 
-__all__ = ["LatentDataset"]
+__all__ = ["LatentDataset", "StreamingLatents"]

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latent_cache.batches import Batch, BatchSequence, Step
 from latent_cache.manifest import STATISTICS, layout_of, load_manifest, shard_ranges
 from latent_cache.shard import Shard, shard_name
 from latent_cache.verify import split_problems, statistics_problems
 from ssdd.engine.errors import UserError
-from ssdd.engine.noise import batch_generator
 from ssdd.engine.sources import random_state
 from ssdd.latent import DiagonalGaussian, LatentNorm
 
 Rows = Sequence[int] | np.ndarray | Tensor
 VERIFY = ("none", "quick", "full")
+CHUNK = 1024  # samples that are copied together to where they are pre-loaded
 
 
 class LatentDataset(torch.utils.data.Dataset):
@@ -30,11 +30,17 @@ class LatentDataset(torch.utils.data.Dataset):
 
     path: folder of the cache. verify: "quick" holds sizes, counts and names of all files against the manifest, "full"
     also the checksum of every shard, "none" only what is needed to map the files. fingerprint: of the encoder that the
-    latents must come from (`SSDD.encoder_fingerprint()`), if that matters. UserError for anything that is wrong.
+    latents must come from (`SSDD.encoder_fingerprint()`), if that matters. preload: None maps the files; "ram" or a
+    device ("cuda", "cuda:1") copies the split there once, as float16. UserError for anything that is wrong.
     """
 
     def __init__(
-        self, path: str | Path, split: str = "train", verify: str = "quick", fingerprint: str | None = None
+        self,
+        path: str | Path,
+        split: str = "train",
+        verify: str = "quick",
+        fingerprint: str | None = None,
+        preload: str | torch.device | None = None,
     ) -> None:
         if verify not in VERIFY:
             raise UserError(f"verify={verify}: expected one of {', '.join(VERIFY)}")
@@ -54,21 +60,49 @@ class LatentDataset(torch.utils.data.Dataset):
         self.class_names: list[str] = self.manifest["classes"]
         self.has_flips = "flip.npy" in self.manifest["views"]
         self.has_moments = self.manifest["content"] == "moments"
-        self._state = {"seed": 0, "epoch": 0, "position": 0}
-        self._loaded: dict | None = None
+        self.samples = shard_ranges(self.manifest, split)
+        self._layout = layout_of(self.manifest)
+        self._mapped: dict[int, Shard] = {}
+        self._labels = np.full(len(self), -1, dtype=np.int64)  # of the shards that were mapped so far
+        self._sequence = BatchSequence(self, self._order)
+        self._rows = None if preload is None else self._preloaded(preload)
 
-    @cached_property
-    def _shards(self) -> list[Shard]:
-        layout = layout_of(self.manifest)
-        folder = self.path / self.split
-        return [
-            Shard(folder / f"{shard_name(number)}.tar", layout, samples)
-            for number, samples in enumerate(shard_ranges(self.manifest, self.split))
-        ]
+    def shard(self, number: int) -> Shard:
+        """Shard `number` of this split, mapped at its first use."""
+        if number not in self._mapped:
+            path = self.path / self.split / f"{shard_name(number)}.tar"
+            shard = self._mapped[number] = Shard(path, self._layout, self.samples[number])
+            self._labels[shard.samples.start : shard.samples.stop] = shard.labels()
+        return self._mapped[number]
+
+    def is_mapped(self, number: int) -> bool:
+        return number in self._mapped
+
+    def release(self, number: int) -> None:
+        """Unmap shard `number`, if it is mapped; its next use maps it again."""
+        self._mapped.pop(number, None)
+
+    def _preloaded(self, where: str | torch.device) -> Tensor:
+        """All stored rows: float16 [n, view, K h w] on the device `where`, or in memory for "ram"."""
+        shape = (len(self), len(self._layout.views), int(np.prod(self._layout.shape)))
+        try:
+            rows = torch.empty(shape, dtype=torch.float16, device="cpu" if where == "ram" else where)
+        except RuntimeError as error:  # no such device, or no such amount of memory
+            raise UserError(
+                f"preload={where}: {np.prod(shape) * 2 / 1e9:.1f} GB of latents can't be put there "
+                f"({str(error).splitlines()[0]}): leave preload out, which maps the files"
+            ) from None
+        for number, samples in enumerate(self.samples):
+            for view, stored in enumerate(self.shard(number).views):
+                for start in range(0, len(samples), CHUNK):
+                    part = torch.from_numpy(np.array(stored[start : start + CHUNK]))
+                    rows[samples.start + start :][: len(part), view] = part
+            self.release(number)
+        return rows
 
     def __getstate__(self) -> dict:
         """For worker processes: without the mapped shards, which each process maps for itself."""
-        return {key: value for key, value in vars(self).items() if key != "_shards"}
+        return {**vars(self), "_mapped": {}}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -80,10 +114,13 @@ class LatentDataset(torch.utils.data.Dataset):
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    @cached_property
+    @property
     def labels(self) -> np.ndarray:
         """Class of every sample: int64 [len(ds)]."""
-        return np.concatenate([shard.labels() for shard in self._shards])
+        if self._rows is None:
+            for number in range(len(self.samples)):
+                self.shard(number)
+        return self._labels
 
     def __len__(self) -> int:
         return self.manifest["splits"][self.split]["count"]
@@ -101,43 +138,49 @@ class LatentDataset(torch.utils.data.Dataset):
         noise: Tensor | None = None,
         flipped: Rows | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Samples `indices` in that order: (latents float32 [n, C, h, w], labels int64 [n]), on the CPU.
+        """Samples `indices` in that order: (latents float32 [n, C, h, w], labels int64 [n]).
 
-        content=moments: draws from the posteriors, with `noise` [n, C, h, w] if given, else from `generator` or
-        torch's global one. flipped: bool [n], where to take the stored latent of the mirrored image.
+        On the CPU, or on the device that they were pre-loaded to. content=moments: draws from the posteriors, with
+        `noise` [n, C, h, w] if given, else from `generator` or torch's global one. flipped: bool [n], where to take the
+        stored latent of the mirrored image.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        rows = self._gather_rows(indices, flipped)
-        latents = DiagonalGaussian(rows).sample(generator, noise) if self.has_moments else rows
-        return latents, torch.from_numpy(self.labels[indices])
-
-    def _gather_rows(self, indices: np.ndarray, flipped: Rows | None) -> Tensor:
-        """Stored rows: float32 [n, K, h, w]."""
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"sample indices of {self.split} lie in 0..{len(self) - 1}")
         if flipped is not None and not self.has_flips:
             raise UserError(f"the cache {self.path} has no mirrored latents: build it with views.flip=true")
-        per_shard = self.manifest["samples_per_shard"]
-        bins = indices // per_shard
-        if flipped is not None:  # views of a shard are gathered one after the other
-            bins = bins * 2 + np.asarray(flipped, dtype=bool)
-        order = np.argsort(bins, kind="stable")
-        bounds = np.flatnonzero(np.diff(bins[order], prepend=-1, append=-1))
-        rows = np.empty((len(indices), *self.manifest["shape"]), dtype=np.float16)
-        for start, stop in zip(bounds, bounds[1:], strict=False):
-            places = order[start:stop]
-            number, view = (bins[places[0]], 0) if flipped is None else divmod(bins[places[0]], 2)
-            shard = self._shards[number]
-            rows[places] = shard.rows(indices[places] - number * per_shard, shard.layout.views[view])
-        return torch.from_numpy(rows).float()
+        views = np.zeros(len(indices), np.int64) if flipped is None else np.asarray(flipped, dtype=np.int64)
+        rows = self._mapped_rows(indices, views) if self._rows is None else self._preloaded_rows(indices, views)
+        rows = rows.float().view(-1, *self._layout.shape)
+        latents = DiagonalGaussian(rows).sample(generator, noise) if self.has_moments else rows
+        return latents, torch.from_numpy(self._labels[indices]).to(latents.device)
+
+    def _mapped_rows(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
+        """Stored rows float16 [n, K h w], copied one by one: for rows of kilobytes that is memory speed."""
+        numbers, places = np.divmod(indices, self.manifest["samples_per_shard"])
+        shards = {number: self.shard(number).views for number in set(numbers.tolist())}
+        where = zip(numbers.tolist(), views.tolist(), places.tolist(), strict=True)
+        parts = [shards[number][view][place] for number, view, place in where]
+        rows = np.empty((len(parts), int(np.prod(self._layout.shape))), dtype=np.float16)
+        if parts:
+            np.concatenate(parts, out=rows.reshape(-1))
+        return torch.from_numpy(rows)
+
+    def _preloaded_rows(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
+        """Stored rows float16 [n, K h w] on the device of the pre-loaded ones."""
+        where = torch.from_numpy(indices * self._rows.shape[1] + views).to(self._rows.device)
+        return self._rows.flatten(0, 1).index_select(0, where)
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """The order of all samples in an epoch, a function of (seed, epoch): int64 [len(ds)]."""
         return random_state("epoch order", seed, epoch).permutation(len(self))
 
+    def _order(self, seed: int, epoch: int, batch_size: int) -> np.ndarray:
+        return self.epoch_order(seed, epoch)
+
     def batches(
         self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    ) -> Iterator[Batch]:
         """Endless training batches of this process: (latents float32 [b, C, h, w], labels [b], indices [b]).
 
         batch_size counts all processes together; process `rank` gets rows [rank b, (rank + 1) b) of every batch, so all
@@ -146,49 +189,17 @@ class LatentDataset(torch.utils.data.Dataset):
         drawn for the whole batch, so nothing depends on `world`. Begins at `start_step`; without it, once after
         `load_state_dict`, where that state points to, and else at the first step.
         """
-        if batch_size < 1 or batch_size % world:
-            raise UserError(f"batch_size={batch_size} can't be divided over {world} processes")
-        epoch, position = 0, 0
-        if start_step is not None:
-            epoch, position = divmod(start_step * batch_size, self._epoch_samples(batch_size))
-        elif self._loaded is not None:
-            if self._loaded["seed"] != seed:
-                raise UserError(f"seed={seed}, but the state to go on from belongs to seed {self._loaded['seed']}")
-            epoch, position = self._loaded["epoch"], self._loaded["position"]
-            self._loaded = None
-        return self._batches(batch_size, seed, epoch, position, rank, world)
+        return self._sequence.run(self.read, batch_size, seed, start_step, rank, world)
 
-    def _epoch_samples(self, batch_size: int) -> int:
-        """Samples of the whole batches of an epoch."""
-        return max(len(self) // batch_size, 1) * batch_size
-
-    def _batches(
-        self, batch_size: int, seed: int, epoch: int, position: int, rank: int, world: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        own = slice(rank * (batch_size // world), (rank + 1) * (batch_size // world))
-        while True:
-            samples = self._epoch_samples(batch_size)
-            order = np.resize(self.epoch_order(seed, epoch), samples)
-            while position + batch_size <= samples:
-                indices = order[position : position + batch_size][own]
-                flipped = noise = None
-                if self.has_flips:
-                    generator = batch_generator("cpu", seed, "flip", epoch, position)
-                    flipped = torch.rand(batch_size, generator=generator)[own] < 0.5
-                if self.has_moments:
-                    generator = batch_generator("cpu", seed, "posterior", epoch, position)
-                    noise = torch.randn(batch_size, *self.latent_shape, generator=generator)[own]
-                latents, labels = self.gather(indices, noise=noise, flipped=flipped)
-                position += batch_size
-                self._state = {"seed": seed, "epoch": epoch, "position": position}
-                yield latents, labels, torch.from_numpy(indices)
-            epoch, position = epoch + 1, 0
+    def read(self, step: Step) -> Batch:
+        """The batch of one step."""
+        latents, labels = self.gather(step.indices, noise=step.noise, flipped=step.flipped)
+        return latents, labels, torch.from_numpy(step.indices)
 
     def state_dict(self) -> dict:
         """Where the newest iterator of `batches` stands: {"seed", "epoch", "position"}, in samples of all processes."""
-        return dict(self._state)
+        return dict(self._sequence.state)
 
     def load_state_dict(self, state: dict) -> None:
         """Let the next `batches` go on there, with any number of processes."""
-        self._state = {key: int(state[key]) for key in ("seed", "epoch", "position")}
-        self._loaded = self._state
+        self._sequence.load(state)

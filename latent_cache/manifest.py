@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from latent_cache.shard import ShardLayout
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json, sha256_json, write_json
+from ssdd.engine.files import sha256_json, write_json
 
 FORMAT = "ssdd-latent-cache"
 VERSION = 1
@@ -41,7 +42,15 @@ def load_manifest(folder: str | Path) -> dict:
         unfinished = (folder / ".partial").is_dir()
         remedy = "its build was interrupted, run it again" if unfinished else "build one, or name another folder"
         raise UserError(f"no latent cache at {folder} ({MANIFEST} is missing): {remedy}")
-    manifest = read_json(path)
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(data: bytes, path: Path | str) -> dict:
+    """The manifest that was read at `path`, checked. UserError when this code can't trust it."""
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}): copy it again, or build the cache again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a latent cache (format is not {FORMAT!r})")
     if manifest.get("version") != VERSION:

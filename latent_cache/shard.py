@@ -118,7 +118,7 @@ def write_shard(path: Path, layout: ShardLayout, first: int, views: np.ndarray, 
 
 
 class Shard:
-    """A shard mapped into memory: rows and labels by their number in it.
+    """A shard mapped into memory: `views[view][number]` is a stored row.
 
     UserError when the file has another size, or does not begin and end with samples samples[0] and samples[-1] of
     this layout.
@@ -132,6 +132,7 @@ class Shard:
             found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
             raise UserError(f"{path} {found}: copy it again from where it is whole, or build the cache again")
         self.records = np.memmap(path, layout.record, mode="r", shape=(len(samples),)).view(np.ndarray)
+        self.views = [self.records[extension] for extension in layout.views]  # float16 [n, K h w] each
         for row in {0, len(samples) - 1}:
             self._check_headers(row)
 
@@ -148,10 +149,6 @@ class Shard:
                     f"{self.path}: sample {self.samples[row]} is not what the manifest says (header {name}): the file "
                     "is damaged or belongs to another cache; run `python -m latent_cache verify`"
                 )
-
-    def rows(self, numbers: np.ndarray, view: str = "npy") -> np.ndarray:
-        """Latents number `numbers` of this shard, in the view with this extension: float16 [n, K, h, w]."""
-        return self.records[view][numbers].reshape(len(numbers), *self.layout.shape)
 
     def labels(self) -> np.ndarray:
         """All class labels of this shard: int64 [n]. UserError for one that is no number."""

@@ -1,0 +1,126 @@
+"""Endless training batches of a cache, resumable to the sample and the same for any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssdd.engine.errors import UserError
+from ssdd.engine.noise import batch_generator
+
+if TYPE_CHECKING:
+    from latent_cache.dataset import LatentDataset
+
+Batch = tuple[Tensor, Tensor, Tensor]  # latents float32 [b, C, h, w], labels int64 [b], indices int64 [b]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one process reads in one step: row `number` of its schedule."""
+
+    epoch: int
+    schedule: np.ndarray  # int64 [steps, b], the samples of this process, to the end of the epoch
+    number: int
+    flipped: Tensor | None  # bool [b]
+    noise: Tensor | None  # float32 [b, C, h, w]
+
+    @property
+    def indices(self) -> np.ndarray:
+        return self.schedule[self.number]
+
+
+class BatchSequence:
+    """The batches of `latents`, and where their newest iterator stands.
+
+    order(seed, epoch, batch_size): the samples of an epoch in order, int64 [len(latents)].
+    """
+
+    def __init__(self, latents: LatentDataset, order: Callable[[int, int, int], np.ndarray]) -> None:
+        self.latents, self.order = latents, order
+        self.state = {"seed": 0, "epoch": 0, "position": 0}
+        self.resumes = False  # the next iterator goes on at `state`
+
+    def load(self, state: dict) -> None:
+        """Let the next iterator go on at `state`."""
+        self.state = {key: int(value) for key, value in state.items()}
+        self.resumes = True
+
+    def run(
+        self,
+        read: Callable[[Step], Batch],
+        batch_size: int,
+        seed: int = 0,
+        start_step: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        **arrangement: int,
+    ) -> Iterator[Batch]:
+        """What `read` makes of every step; the arguments are those of `LatentDataset.batches`.
+
+        arrangement: what `order` depends on besides, which a state to go on from must have been saved with.
+        """
+        if batch_size < 1 or batch_size % world:
+            raise UserError(f"batch_size={batch_size} can't be divided over {world} processes")
+        arrangement = {"seed": seed, **arrangement}
+        epoch = position = 0
+        if start_step is not None:
+            epoch, step = divmod(start_step, max(len(self.latents) // batch_size, 1))
+            position = step * batch_size
+        elif self.resumes:
+            for key, value in arrangement.items():
+                if self.state.get(key) != value:
+                    saved = self.state.get(key)
+                    raise UserError(f"{key}={value}, but the state to go on from belongs to {key} {saved}")
+            epoch, position = self.state["epoch"], self.state["position"]
+        self.resumes = False
+        return self._run(read, batch_size, arrangement, epoch, position, rank, world)
+
+    def schedule(
+        self, batch_size: int, seed: int, epoch: int, position: int = 0, rank: int = 0, world: int = 1
+    ) -> np.ndarray:
+        """What process `rank` reads from `position` to the end of an epoch: int64 [steps, batch_size / world]."""
+        order = self.order(seed, epoch, batch_size)
+        if len(order) < batch_size:
+            order = np.resize(order, batch_size)
+        order = order[position:]
+        steps = len(order) // batch_size
+        return order[: steps * batch_size].reshape(steps, world, batch_size // world)[:, rank]
+
+    def _run(
+        self,
+        read: Callable[[Step], Batch],
+        batch_size: int,
+        arrangement: dict[str, int],
+        epoch: int,
+        position: int,
+        rank: int,
+        world: int,
+    ) -> Iterator[Batch]:
+        seed, own = arrangement["seed"], slice(rank * (batch_size // world), (rank + 1) * (batch_size // world))
+        while True:
+            schedule = self.schedule(batch_size, seed, epoch, position, rank, world)
+            for number in range(len(schedule)):
+                flipped, noise = self._draws(batch_size, seed, epoch, position, own)
+                batch = read(Step(epoch, schedule, number, flipped, noise))
+                position += batch_size
+                self.state = {"epoch": epoch, "position": position, **arrangement}
+                yield batch
+            epoch, position = epoch + 1, 0
+
+    def _draws(
+        self, batch_size: int, seed: int, epoch: int, position: int, own: slice
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Rows `own` of the mirroring and posterior noise of a batch, drawn for the whole of it."""
+        flipped = noise = None
+        if self.latents.has_flips:
+            generator = batch_generator("cpu", seed, "flip", epoch, position)
+            flipped = torch.rand(batch_size, generator=generator)[own] < 0.5
+        if self.latents.has_moments:
+            generator = batch_generator("cpu", seed, "posterior", epoch, position)
+            noise = torch.randn(batch_size, *self.latents.latent_shape, generator=generator)[own]
+        return flipped, noise
