@@ -174,7 +174,9 @@ class DiTConfig:
     deterministic: bool = False
     """Only kernels that give the same bits every time; on a CPU they all do."""
     cache: str | None = None
-    """train: folder written by `python -m latent_cache build`."""
+    """train: folder written by `python -m latent_cache build`, or an fsspec URL of one (s3://, gs://, https://)."""
+    cache_dir: str | None = None
+    """train: local folder for the shards of a cache at a URL."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -22,7 +22,7 @@ from torch import Tensor
 from dit.config import DiTConfig, TrainingConfig
 from dit.model import DiT
 from dit.pictures import SamplePicture
-from latent_cache import LatentDataset
+from latent_cache import LatentDataset, StreamingLatents
 from ssdd.engine import checkpoint
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
@@ -248,10 +248,14 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     return result
 
 
-def _open_cache(cfg: DiTConfig) -> LatentDataset:
+def _open_cache(cfg: DiTConfig) -> LatentDataset | StreamingLatents:
     if cfg.cache is None:
         raise UserError("cache=DIR must be given: the folder that `python -m latent_cache build out=DIR` wrote.")
-    return LatentDataset(cfg.cache, split="train")
+    if "://" not in cfg.cache:
+        return LatentDataset(cfg.cache, split="train")
+    if cfg.cache_dir is None:
+        raise UserError(f"cache={cfg.cache} is a URL: cache_dir=DIR must be given, a local folder for its shards.")
+    return StreamingLatents(cfg.cache, split="train", cache_dir=cfg.cache_dir)
 
 
 def _rows_a_process(training: TrainingConfig, world: int) -> int:
@@ -264,7 +268,7 @@ def _rows_a_process(training: TrainingConfig, world: int) -> int:
     return rows_a_process("training.batch_size", training.batch_size, world, training.accumulate)
 
 
-def _new_network(cfg: DiTConfig, cache: LatentDataset) -> DiT:
+def _new_network(cfg: DiTConfig, cache: LatentDataset | StreamingLatents) -> DiT:
     if not 0.0 <= cfg.model.class_dropout < 1.0:
         raise UserError(f"model.class_dropout={cfg.model.class_dropout} must be in [0, 1).")
     channels, height, width = cache.latent_shape
@@ -287,7 +291,9 @@ def _new_network(cfg: DiTConfig, cache: LatentDataset) -> DiT:
         raise UserError(f"model.name={cfg.model.name} does not fit the cache {cfg.cache}: {error}") from None
 
 
-def _flop_per_latent(cfg: DiTConfig, network: DiT, cache: LatentDataset, accelerator: Accelerator) -> int:
+def _flop_per_latent(
+    cfg: DiTConfig, network: DiT, cache: LatentDataset | StreamingLatents, accelerator: Accelerator
+) -> int:
     """FLOP of one training latent, forward and backward."""
     z = torch.zeros(1, *cache.latent_shape, device=accelerator.device)
     y, draws = torch.zeros(1, dtype=torch.int64, device=z.device), step_draws(cfg, 0, tuple(z.shape), z.device)
@@ -296,6 +302,6 @@ def _flop_per_latent(cfg: DiTConfig, network: DiT, cache: LatentDataset, acceler
         return count_flop(lambda: velocity_loss(network, z, y, draws, network), trainable)
 
 
-def _trained_on(cache: LatentDataset) -> dict[str, Any]:
+def _trained_on(cache: LatentDataset | StreamingLatents) -> dict[str, Any]:
     """What sampling and decoding need to know of the cache, so that a weights file is enough for both."""
     return {"cache": cache.manifest["sha256"], "z_stats": cache.norm.to_dict(), "class_names": cache.class_names}

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from latent_cache.dataset import LatentDataset
 from latent_cache.streaming import StreamingLatents
+from latent_cache.webdataset_pipeline import decode_sample, open_webdataset
 
-__all__ = ["LatentDataset", "StreamingLatents"]
+__all__ = ["LatentDataset", "StreamingLatents", "decode_sample", "open_webdataset"]

@@ -58,7 +58,7 @@ class BatchSequence:
         start_step: int | None = None,
         rank: int = 0,
         world: int = 1,
-        **arrangement: int,
+        arrangement: dict[str, int] | None = None,
     ) -> Iterator[Batch]:
         """What `read` makes of every step; the arguments are those of `LatentDataset.batches`.
 
@@ -66,7 +66,7 @@ class BatchSequence:
         """
         if batch_size < 1 or batch_size % world:
             raise UserError(f"batch_size={batch_size} can't be divided over {world} processes")
-        arrangement = {"seed": seed, **arrangement}
+        arrangement = {"seed": seed, **(arrangement or {})}
         epoch = position = 0
         if start_step is not None:
             epoch, step = divmod(start_step, max(len(self.latents) // batch_size, 1))

@@ -10,21 +10,24 @@ import fcntl
 import hashlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from latent_cache.manifest import MANIFEST, STATISTICS, load_manifest
 from latent_cache.shard import shard_name
 from ssdd.engine.errors import UserError, full_disk
-from ssdd.engine.files import sync_folder, write_atomic, write_json
+from ssdd.engine.files import remove_leftovers, sync_folder, write_atomic, write_json
 
 ATTEMPTS = 4
 PAUSE = 0.5  # seconds before the second attempt; doubles each time
 BLOCK = 2**20
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +43,21 @@ class RemoteFolder:
 
     def open(self, name: str) -> BinaryIO:
         """File `name` of the folder for reading. UserError when this kind of URL can't be read here."""
+        filesystem, path = self._resolve(self.where(name))
+        return filesystem.open(path, "rb")
+
+    def is_at(self, folder: Path) -> bool:
+        """Whether this is a local folder, and that one."""
+        filesystem, path = self._resolve(self.url)
+        return "file" in filesystem.protocol and Path(path).resolve() == folder.resolve()
+
+    def _resolve(self, url: str) -> tuple[Any, str]:
         import fsspec
 
         try:
-            filesystem, path = fsspec.core.url_to_fs(self.where(name), **self.storage_options)
+            return fsspec.core.url_to_fs(url, **self.storage_options)
         except (ImportError, ValueError) as error:  # a protocol whose package is missing, or that is none
             raise UserError(f"can't read {self.url}: {error}") from None
-        return filesystem.open(path, "rb")
 
     def read(self, name: str) -> bytes:
         """A small file. UserError when it is missing or can't be read."""
@@ -56,7 +67,7 @@ class RemoteFolder:
         """Copy file `name` to `target`; entry: its "bytes" and "sha256". A copy that differs is made again."""
         self._attempts(name, lambda: self._download(name, entry, target))
 
-    def _attempts(self, name: str, act: Any) -> Any:
+    def _attempts(self, name: str, act: Callable[[], Result]) -> Result:
         for attempt in range(ATTEMPTS):
             try:
                 return act()
@@ -120,10 +131,11 @@ class ShardFetcher:
                 del self._running[number]
         for number in numbers:
             if number not in self._running and not self._is_here(number):
-                self._running[number] = pool.submit(self._fetch, number)
+                self._running[number] = pool.submit(self._fetch_ahead, number)
 
     def wait(self, number: int) -> None:
         """Until this shard is in the folder. UserError when it can't be had."""
+        self._executor()
         future = self._running.pop(number, None)
         if future is not None:
             future.result()
@@ -142,6 +154,10 @@ class ShardFetcher:
     def _is_here(self, number: int) -> bool:
         return self._tar(number).is_file()
 
+    def _fetch_ahead(self, number: int) -> None:
+        if threading.main_thread().is_alive():  # at its end, Python waits for all that was ordered
+            self._fetch(number)
+
     def _fetch(self, number: int) -> None:
         tar = self._tar(number)
         temporary = tar.with_name(f".{tar.name}.tmp")
@@ -149,7 +165,7 @@ class ShardFetcher:
             with _lock(tar.with_suffix(".json")):
                 if tar.is_file():  # another process was faster
                     return
-                self._make_room(self.entries[number]["bytes"])
+                self._make_room(number)
                 try:
                     self.remote.download(f"{self.split}/{tar.name}", self.entries[number], temporary)
                     os.replace(temporary, tar)
@@ -159,24 +175,26 @@ class ShardFetcher:
         except OSError as error:
             if not full_disk(error):
                 raise
+            name = self.remote.where(f"{self.split}/{tar.name}")
             raise UserError(
-                f"no space left in {self.folder} for {self.remote.where(f'{self.split}/{tar.name}')}: make room, choose "
-                "another cache_dir, or bound it with cache_bytes"
+                f"no space left in {self.folder} for {name}: make room, choose another cache_dir, or bound it with "
+                "cache_bytes"
             ) from None
 
-    def _make_room(self, size: int) -> None:
-        """Delete the oldest shards that are not wanted, until `size` bytes more do not pass the limit."""
+    def _make_room(self, number: int) -> None:
+        """Delete the oldest shards, until shard `number` and all that are wanted fit in with the rest."""
         if self.limit is None:
             return
-        here = {number: self._tar(number) for number in range(len(self.entries)) if self._is_here(number)}
-        total = size + sum(self.entries[number]["bytes"] for number in here)
-        for number, tar in sorted(here.items(), key=lambda item: _age(item[1])):
-            if total > self.limit and number not in self._wanted:
-                tar.unlink(missing_ok=True)
-                total -= self.entries[number]["bytes"]
+        kept = self._wanted | {number}
+        others = [other for other in range(len(self.entries)) if other not in kept and self._is_here(other)]
+        total = sum(self.entries[shard]["bytes"] for shard in [*kept, *others])
+        for other in sorted(others, key=lambda other: _written(self._tar(other))):
+            if total > self.limit:
+                self._tar(other).unlink(missing_ok=True)
+                total -= self.entries[other]["bytes"]
 
 
-def _age(path: Path) -> float:
+def _written(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except FileNotFoundError:  # another process has just deleted it
@@ -188,10 +206,13 @@ def _open_folder(remote: RemoteFolder, folder: Path, split: str) -> list[dict]:
 
     UserError when the folder holds another cache.
     """
+    if remote.is_at(folder):
+        raise UserError(f"cache_dir={folder} is the cache itself: open it with LatentDataset, or choose another folder")
     content = remote.read(MANIFEST)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
+            remove_leftovers(folder)
             known = (folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else None
             if known is None:
                 if next(folder.iterdir(), None) is not None:

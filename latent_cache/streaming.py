@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor
 from latent_cache.batches import Batch, BatchSequence, Step
 from latent_cache.dataset import LatentDataset, Rows
 from latent_cache.fetch import RemoteFolder, ShardFetcher
-from latent_cache.shard import shard_name
 from ssdd.engine.errors import UserError
 from ssdd.engine.sources import random_state
 
@@ -24,9 +22,9 @@ class StreamingLatents(torch.utils.data.IterableDataset):
     """One split of the cache at `url`, whose shards are downloaded whole, ahead of their use, into `cache_dir`.
 
     `batches`, `gather`, `state_dict` and the attributes are those of `LatentDataset`, and so are the values. Iterating
-    gives the samples of an epoch, (latent float32 [C, h, w], label, index), split over processes and DataLoader workers,
-    each of which gets equally many; `set_epoch` says which one if there are workers. `batches` is several times as fast
-    and needs no workers.
+    gives the samples of an epoch, (latent float32 [C, h, w], label, index), split over processes and DataLoader
+    workers, each of which gets equally many. Workers know neither of earlier epochs, for which there is `set_epoch`,
+    nor of each other's `state_dict`. `batches` is several times as fast and needs no workers.
 
     url: any that fsspec knows, or a path; storage_options are fsspec's. shuffle: an epoch takes the shards in an order
     that depends on (seed, epoch) alone and shuffles the samples of `window` shards together; without it, samples come
@@ -63,7 +61,6 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         self.samples = len(self._local)
         self._sequence = BatchSequence(self._local, self._order)
         self._next_epoch = 0
-        self._plan: _Plan | None = None
 
     def gather(
         self,
@@ -85,19 +82,25 @@ class StreamingLatents(torch.utils.data.IterableDataset):
     ) -> Iterator[Batch]:
         """As `LatentDataset.batches`, in the order of this reader."""
         if batch_size % self.parts:
-            raise UserError(f"batch_size={batch_size} can't be taken from parts={self.parts} evenly")
+            raise UserError(
+                f"parts={self.parts} does not divide batch_size={batch_size} (or, when iterating, the number of "
+                "processes and workers)"
+            )
         arrangement = {"window": self.window if self.shuffle else 0, "parts": self.parts}
         if self.parts > 1:
             arrangement["batch_size"] = batch_size
 
+        plan: _Plan | None = None
+
         def read(step: Step) -> Batch:
+            nonlocal plan
             if step.number == 0:
                 following = self._sequence.schedule(batch_size, seed, step.epoch + 1, 0, rank, world)
-                self._plan = self._planned(step.schedule, following)
-            self._provide(step)
+                plan = self._planned(step.schedule, following)
+            self._provide(plan, step.number)
             return self._local.read(step)
 
-        return self._sequence.run(read, batch_size, seed, start_step, rank, world, **arrangement)
+        return self._sequence.run(read, batch_size, seed, start_step, rank, world, arrangement)
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be that of `epoch`; without it, one iteration follows the other."""
@@ -157,13 +160,13 @@ class StreamingLatents(torch.utils.data.IterableDataset):
             plan.ahead = min(plan.ahead, room - plan.together)
         return plan
 
-    def _provide(self, step: Step) -> None:
+    def _provide(self, plan: _Plan, step: int) -> None:
         """Map the shards of a step; when one of them is new, let go of the old ones and order the next ones."""
-        needed = self._plan.needed(step.number)
+        needed = plan.needed(step)
         new = [number for number in needed if not self._local.is_mapped(number)]
         if not new:
             return
-        in_use, upcoming = self._plan.at(step.number)
+        in_use, upcoming = plan.at(step)
         for number in set(range(len(self._local.samples))) - set(in_use):
             self._local.release(number)
         self._fetcher.want([*new, *(n for n in in_use if n not in new), *upcoming])
@@ -198,53 +201,3 @@ class _Plan:
         in_use = np.flatnonzero((self.first <= step) & (self.last >= step)).tolist()
         upcoming = [*self.by_first_use[self.first[self.by_first_use] > step].tolist(), *self.next_epoch.tolist()]
         return in_use, list(dict.fromkeys(n for n in upcoming if n not in in_use))[: self.ahead]
-
-
-def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """What stock webdataset reads of one sample -> {"__key__": str, "index": int, "npy": array, "cls": int, ...}.
-
-    For `webdataset.WebDataset(...).map(decode_sample)`, in place of its `.decode()`, which unpickles. Latents are
-    float16 [K, h, w], normalised, "flip.npy" that of the mirrored image. UserError for any other member.
-    """
-    decoded: dict[str, Any] = {"__key__": sample["__key__"], "index": int(sample["__key__"])}
-    for extension, data in sample.items():
-        if extension in ("npy", "flip.npy"):
-            decoded[extension] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        elif extension == "cls":
-            decoded["cls"] = int(data)
-        elif not extension.startswith("__"):
-            raise UserError(f"sample {sample['__key__']} has a member .{extension}, which no latent cache has")
-    return decoded
-
-
-def open_webdataset(url: str, split: str = "train", storage_options: dict[str, Any] | None = None) -> Any:
-    """A split as a pipeline of the webdataset library over fsspec, of `decode_sample`'s dicts in their order.
-
-    For loaders that are built on that library: give it to `webdataset.WebLoader`, or append stages. It opens no `pipe:`
-    and unpickles nothing; shards are split over DataLoader workers and processes as that library does it, so that
-    these may get unequal numbers. UserError when there is no such cache or split.
-    """
-    import webdataset
-
-    from latent_cache.manifest import MANIFEST, parse_manifest
-
-    remote = RemoteFolder(url, storage_options)
-    manifest = parse_manifest(remote.read(MANIFEST), remote.where(MANIFEST))
-    if split not in manifest["splits"]:
-        raise UserError(f"the cache {url} has no split {split!r}, only {', '.join(manifest['splits'])}")
-    names = [f"{split}/{shard_name(number)}.tar" for number in range(len(manifest["splits"][split]["shards"]))]
-
-    def opened(shards: Iterator[dict]) -> Iterator[dict]:
-        for shard in shards:
-            with remote.open(shard["url"]) as stream:
-                yield {**shard, "stream": stream}
-
-    return webdataset.DataPipeline(
-        webdataset.SimpleShardList(names),
-        webdataset.split_by_node,
-        webdataset.split_by_worker,
-        opened,
-        webdataset.tariterators.tar_file_expander,
-        webdataset.tariterators.group_by_keys,
-        webdataset.map(decode_sample),
-    )

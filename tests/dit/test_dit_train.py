@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,16 @@ def test_dropped_labels_become_the_null_class_and_none_without_dropout(settings)
     run(cfg)
     model = DiT.from_pretrained(cfg.run_name, cfg.ckpt_dir)
     assert not model.null_class and len(model.y_embedder.embedding_table.weight) == 10
+
+
+def test_a_cache_at_a_url_trains_and_resumes_to_the_same_bytes(settings, tmp_path):
+    def stream(name: str, **training: object) -> DiTConfig:
+        cfg = settings(name, **training)
+        return replace(cfg, cache=f"file://{cfg.cache}", cache_dir=str(tmp_path / "shards"))
+
+    run(stream("whole", steps=6))
+    run(stream("parts", steps=4))
+    run(stream("parts", steps=6))
+    assert weights(stream("parts")) == weights(stream("whole"))
+    with pytest.raises(UserError, match=r"is a URL: cache_dir=DIR must be given"):
+        run(replace(stream("third"), cache_dir=None))

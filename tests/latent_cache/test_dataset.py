@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 
 import numpy as np
@@ -10,24 +9,11 @@ import pytest
 import torch
 import webdataset
 
-from latent_cache import LatentDataset
+from latent_cache import LatentDataset, decode_sample
 from latent_cache.build import build
 from ssdd.engine.errors import UserError
 from ssdd.latent import DiagonalGaussian
 from tests.latent_cache.straight import posteriors
-
-
-def read_sample(sample: dict) -> tuple[int, int, dict[str, np.ndarray]]:
-    """An allow-listed decoder for stock webdataset: (index, label, arrays by extension); anything else is an error."""
-    arrays, label = {}, -1
-    for extension, data in sample.items():
-        if extension in ("npy", "flip.npy"):
-            arrays[extension] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        elif extension == "cls":
-            label = int(data)
-        elif not extension.startswith("__"):
-            raise ValueError(extension)
-    return int(sample["__key__"]), label, arrays
 
 
 @pytest.mark.parametrize("cache", ["means", "moments"])
@@ -36,35 +22,59 @@ def test_stock_webdataset_reads_the_same_samples(cache, split, request):
     folder = request.getfixturevalue(cache)
     ours = LatentDataset(folder, split)
     shards = [str(path) for path in sorted((folder / split).glob("*.tar"))]
-    theirs = [read_sample(sample) for sample in webdataset.WebDataset(shards, shardshuffle=False)]
-    assert [index for index, _, _ in theirs] == list(range(len(ours)))
-    assert [label for _, label, _ in theirs] == ours.labels.tolist()
+    theirs = list(webdataset.WebDataset(shards, shardshuffle=False).map(decode_sample))
+    assert [sample["index"] for sample in theirs] == list(range(len(ours)))
+    assert [sample["cls"] for sample in theirs] == ours.labels.tolist()
     for extension, flipped in [("npy", False), ("flip.npy", True)][: 2 if ours.has_flips else 1]:
-        stored = torch.from_numpy(np.stack([arrays[extension] for _, _, arrays in theirs])).float()
+        stored = torch.from_numpy(np.stack([sample[extension] for sample in theirs])).float()
         noise = torch.zeros(len(ours), *ours.latent_shape)
         latents, _ = ours.gather(range(len(ours)), noise=noise, flipped=[flipped] * len(ours) if flipped else None)
         assert torch.equal(latents, stored[:, : ours.latent_shape[0]])
 
 
-def test_stored_means_have_mean_0_and_deviation_1_in_every_channel(means):
-    latents, _ = (cache := LatentDataset(means)).gather(range(len(cache)))
-    assert latents.mean((0, 2, 3)).abs().max() < 1e-3
-    assert (latents.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
+def test_a_preloaded_split_gives_the_same(means, moments):
+    for folder in (means, moments):
+        mapped = LatentDataset(folder)
+        for where in ("ram", "cpu"):
+            loaded = LatentDataset(folder, preload=where)
+            for expected, found in zip(itertools.islice(mapped.batches(16, 3), 5), loaded.batches(16, 3), strict=False):
+                assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+            assert loaded.labels.tolist() == mapped.labels.tolist()
+    with pytest.raises(UserError, match="preload=nowhere: 0.0 GB of latents can't be put there"):
+        LatentDataset(means, preload="nowhere")
 
 
-def test_latents_drawn_from_moments_have_mean_0_and_deviation_1_in_every_channel(moments):
-    cache = LatentDataset(moments)
-    mean, deviation = [], []
-    for flipped in (False, True):
-        asked = {"indices": range(len(cache)), "flipped": [flipped] * len(cache)}
-        zero = torch.zeros(len(cache), *cache.latent_shape)
-        mean.append(cache.gather(noise=zero, **asked)[0])
-        deviation.append(cache.gather(noise=zero + 1, **asked)[0] - mean[-1])
-    mean, deviation = torch.cat(mean), torch.cat(deviation)
-    variance = mean.var((0, 2, 3), correction=0) + deviation.square().mean((0, 2, 3))  # of mean + deviation * noise
-    assert mean.mean((0, 2, 3)).abs().max() < 1e-3
-    assert (variance - 1).abs().max() < 2e-3
-    drawn = torch.cat([batch for batch, _, _ in itertools.islice(cache.batches(60, seed=1), 100)])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_split_preloaded_to_the_gpu_is_gathered_there(means, moments):
+    for folder, tolerance in ((means, 0.0), (moments, 1e-5)):  # exp differs in its last bit
+        loaded = LatentDataset(folder, preload="cuda")
+        noise = torch.ones(3, *loaded.latent_shape)
+        expected, labels = LatentDataset(folder).gather([5, 59, 5], noise=noise)
+        found, classes = loaded.gather([5, 59, 5], noise=noise)
+        assert found.is_cuda and torch.allclose(found.cpu(), expected, atol=tolerance, rtol=0)
+        assert torch.equal(classes.cpu(), labels)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("content", ["mean", "moments"])
+def test_what_training_draws_has_mean_0_and_deviation_1_in_every_channel(content, flip, settings, tmp_path):
+    """By the law of total variance over images, views and posterior noise: no sampling error."""
+    build(settings(tmp_path, flip=flip, content=content, splits=["train"]))
+    cache = LatentDataset(tmp_path)
+    means, deviations = [], []
+    for flipped in (False, True)[: 1 + flip]:
+        views = [flipped] * 60 if flip else None
+        zero = torch.zeros(60, *cache.latent_shape)
+        means.append(cache.gather(range(60), noise=zero, flipped=views)[0].double())
+        deviations.append(cache.gather(range(60), noise=zero + 1, flipped=views)[0].double() - means[-1])
+    means, deviations = torch.cat(means), torch.cat(deviations)
+    variance = means.var((0, 2, 3), correction=0) + deviations.square().mean((0, 2, 3))
+    assert means.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (variance.sqrt() - 1).abs().max() < 1e-3
+
+
+def test_batches_of_flipped_moments_agree_with_these_statistics(moments):
+    drawn = torch.cat([batch for batch, _, _ in itertools.islice(LatentDataset(moments).batches(60, seed=1), 100)])
     assert drawn.mean((0, 2, 3)).abs().max() < 0.05
     assert (drawn.std((0, 2, 3)) - 1).abs().max() < 0.05
 
