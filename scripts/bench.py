@@ -1,6 +1,7 @@
-"""Measure speed and memory on this machine: `python scripts/bench.py scaling`.
+"""Measure speed and memory on this machine: `python scripts/bench.py scaling|cache`.
 
 scaling: time and peak memory of one-step decodes and of local attention alone at growing sizes, a process for each.
+cache: latents a second of the cache's reader beside other ways to store them, and what a training step waits for data.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["scaling"]:
         return scaling()
+    if argv == ["cache"]:
+        from scripts.bench_cache import cache
+
+        return cache()
     if len(argv) == 3 and argv[0] == "_measure":
         print(json.dumps(measure(argv[1], int(argv[2]))))
         return 0
