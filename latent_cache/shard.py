@@ -150,6 +150,10 @@ class Shard:
                     "is damaged or belongs to another cache; run `python -m latent_cache verify`"
                 )
 
+    def rows(self, numbers: np.ndarray, view: str = "npy") -> np.ndarray:
+        """Latents number `numbers` of this shard, in the view with this extension: float16 [n, K, h, w]."""
+        return self.records[view][numbers].reshape(len(numbers), *self.layout.shape)
+
     def labels(self) -> np.ndarray:
         """All class labels of this shard: int64 [n]. UserError for one that is no number."""
         try:
