@@ -145,15 +145,19 @@ class LatentDataset(torch.utils.data.Dataset):
         stored latent of the mirrored image.
         """
         indices = np.asarray(indices, dtype=np.int64)
+        rows = self._gather_rows(indices, flipped)
+        latents = DiagonalGaussian(rows).sample(generator, noise) if self.has_moments else rows
+        return latents, torch.from_numpy(self._labels[indices]).to(latents.device)
+
+    def _gather_rows(self, indices: np.ndarray, flipped: Rows | None) -> Tensor:
+        """Stored rows: float32 [n, K, h, w]."""
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"sample indices of {self.split} lie in 0..{len(self) - 1}")
         if flipped is not None and not self.has_flips:
             raise UserError(f"the cache {self.path} has no mirrored latents: build it with views.flip=true")
         views = np.zeros(len(indices), np.int64) if flipped is None else np.asarray(flipped, dtype=np.int64)
         rows = self._mapped_rows(indices, views) if self._rows is None else self._preloaded_rows(indices, views)
-        rows = rows.float().view(-1, *self._layout.shape)
-        latents = DiagonalGaussian(rows).sample(generator, noise) if self.has_moments else rows
-        return latents, torch.from_numpy(self._labels[indices]).to(latents.device)
+        return rows.float().view(-1, *self._layout.shape)
 
     def _mapped_rows(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
         """Stored rows float16 [n, K h w], copied one by one: for rows of kilobytes that is memory speed."""
