@@ -205,6 +205,8 @@ class TrainingConfig:
     """Parts that a step's batch is split into, to save memory."""
     grad_clip: float = 0.1
     """Largest gradient norm; 0 switches clipping off."""
+    grad_checkpoint: bool = False
+    """Compute activations of the blocks again in the backward pass: less memory, about a third more work."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
     """Autocast; auto is bf16 where the device computes in it natively, else float32. Weights stay float32."""
     eval_freq: int = 4
