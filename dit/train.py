@@ -166,6 +166,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         run=directory,
         start=start,
         main_process=accelerator.is_main_process,
+        wandb=training.wandb,
     )
     with StopRequest() as stop, progress:
         for step in range(start, training.steps):

@@ -219,6 +219,8 @@ class TrainingConfig:
     """Steps between pictures of originals above reconstructions; null: with every evaluation; 0: never."""
     keep: int = 0
     """Newest of the checkpoints of every save_every steps to keep as run@step-000123, beside `last`."""
+    wandb: str | None = None
+    """Weights & Biases project that metrics and pictures also go to (pip install wandb); null: none."""
     log_freq: int = 200
     """Steps between lines of metrics.jsonl, and between the only waits for the device."""
 

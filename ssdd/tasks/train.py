@@ -179,6 +179,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         run=directory,
         start=start,
         main_process=accelerator.is_main_process,
+        wandb=training.wandb,
     )
     with StopRequest() as stop, progress:
         for step in range(start, steps):
