@@ -83,8 +83,12 @@ class TrainingConfig:
     """Steps between those pictures; null: with every checkpoint; 0: never."""
     keep: int = 0
     """Newest of the checkpoints of every save_every steps to keep as run@step-000123, beside `last`."""
+    wandb: str | None = None
+    """Weights & Biases project that metrics and pictures also go to (pip install wandb); null: none."""
     log_freq: int = 100
     """Steps between lines of metrics.jsonl, and between the only waits for the device."""
+    grad_checkpoint: bool = False
+    """Compute activations of the blocks again in the backward pass: less memory, about a third more work."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
     """Autocast; auto is bf16 where the device computes in it natively, else float32. Weights stay float32."""
     compile: bool = False

@@ -30,6 +30,7 @@ from dit.layers import (
 )
 from ssdd.engine.checkpoint import load_tensors, resolve, save_tensors
 from ssdd.engine.errors import UserError
+from ssdd.engine.recompute import run_block
 
 # name: (depth, width, heads). S to XL are the paper's (table 1), 1p0B and 1p6B LightningDiT's (1.0 and 1.6 billion
 # parameters); XXS and XS are ours, for digits on a laptop.
@@ -58,6 +59,8 @@ class DiT(nn.Module):
     and `rope` (LightningDiT has these three on; the additive position table stays beside `rope`), `wo_shift` (adaLN
     without shifts). `convention` says what times and outputs mean, `time_scale` what t in [0, 1] is multiplied by.
     """
+
+    recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
 
     def __init__(
         self,
@@ -149,7 +152,7 @@ class DiT(nn.Module):
         tokens = self.x_embedder(x) + self.pos_embed  # [B, T, h]
         c = self.t_embedder(t) + self.y_embedder(y)  # [B, h]
         for block in self.blocks:
-            tokens = block(tokens, c, self.feat_rope)
+            tokens = run_block(block, tokens, c, self.feat_rope, recompute=self.recompute)
         return self.unpatchify(self.final_layer(tokens, c))
 
     def forward_with_cfg(

@@ -31,6 +31,7 @@ from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.log import ProgressLog
 from ssdd.engine.noise import batch_generator, seed_of
 from ssdd.engine.optim import learning_rate
+from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.throughput import Throughput, count_flop
 from ssdd.engine.training import (
@@ -118,6 +119,8 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     if start > training.steps:
         raise UserError(f"{last} is at step {start}, beyond training.steps={training.steps}; choose another run_name.")
     flop = _flop_per_latent(cfg, network, cache, accelerator)
+    if training.grad_checkpoint:
+        recompute_activations(network)
     if training.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, optimizer)
@@ -163,6 +166,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         run=directory,
         start=start,
         main_process=accelerator.is_main_process,
+        wandb=training.wandb,
     )
     with StopRequest() as stop, progress:
         for step in range(start, training.steps):

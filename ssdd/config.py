@@ -205,6 +205,8 @@ class TrainingConfig:
     """Parts that a step's batch is split into, to save memory."""
     grad_clip: float = 0.1
     """Largest gradient norm; 0 switches clipping off."""
+    grad_checkpoint: bool = False
+    """Compute activations of the blocks again in the backward pass: less memory, about a third more work."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
     """Autocast; auto is bf16 where the device computes in it natively, else float32. Weights stay float32."""
     eval_freq: int = 4
@@ -217,6 +219,8 @@ class TrainingConfig:
     """Steps between pictures of originals above reconstructions; null: with every evaluation; 0: never."""
     keep: int = 0
     """Newest of the checkpoints of every save_every steps to keep as run@step-000123, beside `last`."""
+    wandb: str | None = None
+    """Weights & Biases project that metrics and pictures also go to (pip install wandb); null: none."""
     log_freq: int = 200
     """Steps between lines of metrics.jsonl, and between the only waits for the device."""
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ssdd.attention import RelativePositionBias, WindowAttention, WindowGeometry
 from ssdd.engine.errors import UserError
+from ssdd.engine.recompute import run_block
 from ssdd.layers import (
     AdaLayerNorm,
     Downsample,
@@ -110,6 +111,8 @@ class TransformerBlock(nn.Module):
 class MiddleBlock(nn.Module):
     """The transformer at 1/8 of the resolution, with a residual connection around everything."""
 
+    recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
+
     def __init__(self, channels: int, ctx_channels: int, heads: int, layers: int, groups: int, window: int):
         super().__init__()
         self.window = window
@@ -135,7 +138,7 @@ class MiddleBlock(nn.Module):
         for i, (block, modulation, bias) in enumerate(
             zip(self.transformer_blocks, condition.modulations, condition.biases, strict=True)
         ):
-            tokens = block(tokens, modulation, bias, condition.geometry)
+            tokens = run_block(block, tokens, modulation, bias, condition.geometry, recompute=self.recompute)
             kept = tokens if i == keep else kept
         return x + self.proj_out(tokens).permute(0, 3, 1, 2), kept
 
@@ -185,6 +188,8 @@ class UViTDecoder(nn.Module):
 
     `size` is a name of `DECODER_SIZES` or a `DecoderSize`; `z_dim` the latent channels; `window` the attention window.
     """
+
+    recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
 
     def __init__(self, size: str | DecoderSize, z_dim: int = 4, window: int = DEFAULT_WINDOW):
         super().__init__()
@@ -297,7 +302,7 @@ class UViTDecoder(nn.Module):
         skips = [h]
         for block in self.down_blocks:
             for resnet in block.resnets:
-                h = resnet(h, temb, next(modulations))
+                h = run_block(resnet, h, temb, next(modulations), recompute=self.recompute)
                 skips.append(h)
             if hasattr(block, "downsamplers"):
                 h = block.downsamplers[0](h)
@@ -305,7 +310,8 @@ class UViTDecoder(nn.Module):
         h, tokens = self.mid_block(h, condition.middle, keep)
         for block in self.up_blocks:
             for resnet in block.resnets:
-                h = resnet(torch.cat([h, skips.pop()], dim=1), temb, next(modulations))
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = run_block(resnet, h, temb, next(modulations), recompute=self.recompute)
             if hasattr(block, "upsamplers"):
                 h = block.upsamplers[0](h)
         return self.conv_out(F.silu(self.conv_norm_out(h))).float(), tokens

@@ -11,6 +11,7 @@ import re
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssdd.engine.recompute import run_block
 from ssdd.layers import GroupNorm
 
 ENCODER_NAME = re.compile(r"f(\d+)c(\d+)")
@@ -83,6 +84,8 @@ class EncoderDownsample(nn.Module):
 class EncoderLevel(nn.Module):
     """Two blocks at one resolution and, but for the last level, a downsampling."""
 
+    recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
+
     def __init__(self, in_channels: int, out_channels: int, groups: int, downsample: bool):
         super().__init__()
         self.block = nn.ModuleList(
@@ -93,12 +96,14 @@ class EncoderLevel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
-            x = block(x)
+            x = run_block(block, x, recompute=self.recompute)
         return self.downsample(x) if hasattr(self, "downsample") else x
 
 
 class EncoderMiddle(nn.Module):
     """Block, attention, block at the latent resolution."""
+
+    recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -107,7 +112,9 @@ class EncoderMiddle(nn.Module):
         self.block_2 = EncoderBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        for block in (self.block_1, self.attn_1, self.block_2):
+            x = run_block(block, x, recompute=self.recompute)
+        return x
 
 
 class Encoder(nn.Module):

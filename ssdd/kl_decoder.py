@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssdd.encoder import EncoderBlock, EncoderMiddle, groups_of
+from ssdd.engine.recompute import run_block
 from ssdd.layers import GroupNorm, Upsample
 
 RESNETS_A_LEVEL = 3
@@ -15,6 +16,8 @@ RESNETS_A_LEVEL = 3
 
 class KLDecoder(nn.Module):
     """Latent [B, c, h, w] -> image [B, 3, h f, w f], about [-1, 1]; mirrors the encoder, names as in LDM."""
+
+    recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
 
     def __init__(self, stride: int, z_dim: int, width: int = 128):
         super().__init__()
@@ -41,6 +44,6 @@ class KLDecoder(nn.Module):
         h = self.mid(self.conv_in(self.post_quant_conv(z.to(self.conv_in.weight.dtype))))
         for level in reversed(self.up):
             for block in level.block:
-                h = block(h)
+                h = run_block(block, h, recompute=self.recompute)
             h = level.upsample(h) if hasattr(level, "upsample") else h
         return self.conv_out(F.silu(self.norm_out(h))).float()

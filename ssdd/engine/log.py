@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from typing import Any, TextIO
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.files import read_json, write_json
 from ssdd.engine.pictures import save_png
 from ssdd.engine.run import RunDirectory
 
@@ -17,7 +19,8 @@ class ProgressLog:
     """Reports a loop of ``total`` steps of which ``start`` were done before; other processes than the main are silent.
 
     With ``run``, :meth:`metrics` also appends to ``metrics.jsonl`` and, if ``tensorboard``, to TensorBoard files in
-    the run directory. Lines go to ``stream`` (default stderr). Use as a context manager, or :meth:`close`.
+    the run directory, and with ``wandb``, the name of a project, to Weights & Biases. Lines go to ``stream`` (default
+    stderr). Use as a context manager, or :meth:`close`.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class ProgressLog:
         unit: str = "step",
         main_process: bool = True,
         tensorboard: bool = True,
+        wandb: str | None = None,
         stream: TextIO | None = None,
     ):
         self.total, self.description, self.unit = total, description, unit
@@ -40,6 +44,7 @@ class ProgressLog:
         self._stream = stream or sys.stderr
         self._bar = self._open_bar() if main_process and self._stream.isatty() else None
         self._board = self._open_board() if self._run is not None and tensorboard else None
+        self._wandb = self._open_wandb(wandb) if self._run is not None and wandb else None
 
     def advance(self, steps: int = 1) -> None:
         """Count ``steps`` more as done."""
@@ -57,6 +62,8 @@ class ProgressLog:
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
         if show and self._bar is not None:
             self._bar.set_postfix_str("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
         elif show:
@@ -68,6 +75,10 @@ class ProgressLog:
             save_png(self._run.pictures / f"{name}-{step:06d}.png", image)
         if self._board is not None:
             self._board.add_image(name, image, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def message(self, text: str) -> None:
         """Print one line, above the bar where there is one."""
@@ -87,12 +98,14 @@ class ProgressLog:
         return f"{text}, {format_seconds(left)} left"
 
     def close(self) -> None:
-        """Finish the bar and the TensorBoard file."""
+        """Finish the bar, the TensorBoard file and the upload."""
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
             self._board.close()
-        self._bar = self._board = None
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._bar = self._board = self._wandb = None
 
     def __enter__(self) -> ProgressLog:
         return self
@@ -126,6 +139,18 @@ class ProgressLog:
         # purge_step hides what a killed process logged after the checkpoint that this one resumes from.
         purge = self._start + 1 if self._start else None
         return SummaryWriter(str(self._run.tensorboard), purge_step=purge)
+
+    def _open_wandb(self, project: str) -> Any:
+        """The same run of the service whenever this run is continued: its id lies in the run directory."""
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(f"training.wandb={project}: wandb is not installed; run: pip install wandb") from None
+        file = self._run.path / "wandb.json"
+        if not file.exists():
+            write_json(file, {"id": secrets.token_hex(4)})
+        folder, run_id = str(self._run.path), read_json(file)["id"]
+        return wandb.init(project=project, name=self._run.name, id=run_id, resume="allow", dir=folder)
 
 
 def format_seconds(seconds: float) -> str:

@@ -17,7 +17,17 @@ from ssdd.engine.precision import mixed_precision
 
 
 def open_accelerator(precision: str, deterministic: bool) -> Accelerator:
-    """Accelerate on the best device there is, with the autocast that `precision` (auto, no, bf16, fp16) means on it."""
+    """Accelerate on the best device there is, with the autocast that `precision` (auto, no, bf16, fp16) means on it.
+
+    Several processes train data-parallel (DDP). UserError where accelerate is configured to shard parameters.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(
+                f"accelerate is configured for {name}, and the trainers keep whole networks in every process: run "
+                "`accelerate config` again without it, or launch with torchrun; training.grad_checkpoint=true and "
+                "accumulated parts save memory"
+            )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

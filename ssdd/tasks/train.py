@@ -28,6 +28,7 @@ from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.log import ProgressLog
 from ssdd.engine.noise import seed_of
 from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
+from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.throughput import Throughput
 from ssdd.engine.training import (
@@ -119,6 +120,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         window.copy_(windows[rank] if len(windows) == world else windows.mean(0))
     start = state["step"]
     flop = flop_per_image(cfg, objective, accelerator)
+    if training.grad_checkpoint:
+        recompute_activations(network)
     if cfg.ssdd.compile:
         network.compile()
     model, optimizer = accelerator.prepare(objective, optimizer)
@@ -176,6 +179,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         run=directory,
         start=start,
         main_process=accelerator.is_main_process,
+        wandb=training.wandb,
     )
     with StopRequest() as stop, progress:
         for step in range(start, steps):

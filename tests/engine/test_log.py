@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ssdd.engine.errors import UserError
 from ssdd.engine.log import ProgressLog, format_seconds
 from ssdd.engine.run import RunDirectory
 
@@ -88,3 +91,47 @@ def test_durations_read_as_clock_times():
     assert format_seconds(5) == "0:05"
     assert format_seconds(200) == "3:20"
     assert format_seconds(3661) == "1:01:01"
+
+
+class FakeWandb:
+    """Stands for the module: notes how runs were opened, logged to and finished."""
+
+    def __init__(self) -> None:
+        self.opened, self.logged, self.finished = [], [], 0
+
+    def init(self, **options: object) -> FakeWandb:
+        self.opened.append(options)
+        return self
+
+    def log(self, values: dict, step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    def Image(self, image: np.ndarray) -> tuple:  # noqa: N802
+        return image.shape
+
+
+def test_metrics_and_pictures_go_to_wandb_and_a_continued_run_to_the_same_one(tmp_path, monkeypatch):
+    service, run = FakeWandb(), RunDirectory(tmp_path, "r")
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    for start in (0, 1):
+        with ProgressLog(2, run=run, start=start, wandb="digits", stream=io.StringIO()) as log:
+            log.metrics(start + 1, {"loss": 2.0, "note": "text"})
+            log.picture(start + 1, "samples", np.zeros((4, 6, 3), np.uint8))
+    first, second = service.opened
+    assert first == second and first["project"] == "digits" and first["name"] == "r" and first["resume"] == "allow"
+    assert service.finished == 2
+    assert service.logged == [(s, v) for s in (1, 2) for v in ({"loss": 2.0}, {"samples": (4, 6, 3)})]
+    other = RunDirectory(tmp_path, "other")
+    ProgressLog(2, run=other, wandb="digits", stream=io.StringIO()).close()
+    assert service.opened[-1]["id"] != first["id"]
+    ProgressLog(2, run=other, wandb="digits", main_process=False, stream=io.StringIO()).close()
+    assert len(service.opened) == 3
+
+
+def test_without_the_wandb_package_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        ProgressLog(2, run=RunDirectory(tmp_path, "r"), wandb="digits", stream=io.StringIO())

@@ -94,6 +94,13 @@ def test_the_accelerator_opens_on_the_best_device_and_may_be_deterministic(fresh
         check_finite(accelerator, torch.tensor(4, device=accelerator.device), LAST)
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharded_parameters_are_refused_not_trained_wrongly(fresh_state, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"configured for {name}"):
+        open_accelerator("no", False)
+
+
 def test_precisions_go_through_and_half_precision_on_a_cpu_is_refused():
     assert [mixed_precision(name, "cpu") for name in ("no", "bf16")] == ["no", "bf16"]
     assert mixed_precision("auto", "cpu") in ("no", "bf16")
