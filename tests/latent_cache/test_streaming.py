@@ -265,7 +265,7 @@ def test_processes_that_share_a_folder_download_each_shard_once(means, tmp_path)
     program = (
         "import sys; from latent_cache import StreamingLatents, fetch\n"
         "original = fetch.RemoteFolder._download\n"
-        "def download(self, name, entry, target): sys.stdout.write(name + chr(10)); original(self, name, entry, target)\n"
+        "def download(self, name, *rest): sys.stdout.write(name + chr(10)); original(self, name, *rest)\n"
         "fetch.RemoteFolder._download = download\n"
         "assert len(list(StreamingLatents(sys.argv[1], cache_dir=sys.argv[2]))) == 60\n"
     )
