@@ -8,11 +8,12 @@ side by side, one thread each. An interrupted run continues; the table goes to `
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,7 +35,7 @@ METRICS = {"PSNR": 2, "SSIM": 4, "power_ratio": 3, "noise_r2": 3}
 SETUP = [
     "ssdd.compile=false", "losses.lpips=0", "losses.repa=0", "training.optimizer=adamw", "training.lr_schedule=cosine",
     "training.betas=[0.9,0.99]", "training.warmup_steps=30", "training.grad_clip=1", "training.eval_freq=0",
-    "training.save_every=200", "training.log_freq=50", "ssdd.ema.decay=0.99",
+    "training.mixed_precision=no", "training.save_every=200", "training.log_freq=50", "ssdd.ema.decay=0.99",
     "ssdd.fm_trainer.t_sampler_args.t_mean=0.4", "ssdd.fm_trainer.t_sampler_args.t_std=1.6",
 ]  # fmt: skip
 
@@ -109,7 +110,10 @@ def run(cfg: EvidenceConfig) -> None:
     encoder_minutes = cfg.minutes / 8
     seconds = 60 * (cfg.minutes - encoder_minutes) * cfg.jobs / cfg.seeds / 3
     plan_path = folder / "plan.json"
-    plan = read_json(plan_path) if plan_path.is_file() else {}
+    asked = {key: value for key, value in asdict(cfg).items() if key not in ("ckpt_dir", "out", "jobs")}
+    plan = read_json(plan_path) if plan_path.is_file() else {"asked": asked}
+    if plan["asked"] != read_back(asked):
+        raise UserError(f"{folder} belongs to another comparison, with {plan['asked']}; choose another name")
     if ENCODER not in plan:
         plan[ENCODER] = planned_steps([*shared, *joint], 60 * encoder_minutes)
         write_json(plan_path, plan)
@@ -181,7 +185,7 @@ def evaluate(cfg: EvidenceConfig, seed: int, folder: Path, data: list[str]) -> d
     name = f"evaluation-{seed}"
     command([*data, "task=eval", f"run_name={name}", f"ckpt_dir={folder}", f"evaluation.decoders=[{','.join(rows)}]",
              f"evaluation.features={features}", "evaluation.noise_draws=8", "evaluation.baselines=true",
-             f"dataset.limit={cfg.evaluated}", f"seed={seed}"])  # fmt: skip
+             f"evaluation.limit={cfg.evaluated}", f"seed={seed}"])  # fmt: skip
     return read_json(folder / "jobs" / name / "task_result.json")
 
 
@@ -189,7 +193,7 @@ def report(cfg: EvidenceConfig, plan: dict, trained: dict, results: list[dict]) 
     """Markdown: one table a feature network, means over seeds with their range, then the decisive differences."""
     lines = [f"# {cfg.name}: SSDD beside its baselines at equal data and time", ""]
     lines += [
-        f"`python scripts/evidence.py name={cfg.name} minutes={cfg.minutes:g} seeds={cfg.seeds}`, {machine(cfg)}.",
+        f"`python scripts/evidence.py{changed(cfg)}`, {machine(cfg)}.",
         "",
     ]
     seconds = {
@@ -225,6 +229,20 @@ def spread(values: list[float | None], digits: int) -> str:
     if any(value is None for value in values):
         return "-"
     return f"{mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def read_back(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(values))
+
+
+def changed(cfg: EvidenceConfig) -> str:
+    """The arguments that differ from the defaults, as on the command line."""
+    own, usual = asdict(cfg), asdict(EvidenceConfig())
+    told = {key: value for key, value in own.items() if key not in ("ckpt_dir", "out", "dataset")}
+    told = {key: value for key, value in told.items() if value != usual[key]}
+    told |= {f"dataset.{key}": value for key, value in own["dataset"].items() if value != usual["dataset"][key]}
+    return "".join(f" {key}={value}" for key, value in told.items())
 
 
 def machine(cfg: EvidenceConfig) -> str:

@@ -238,6 +238,8 @@ class EvaluationConfig:
     the first two where their weights are."""
     baselines: bool = False
     """Add the rows that any tokenizer must beat: PCA with as many numbers as the latent, and a slight blur."""
+    limit: int | None = None
+    """Use only this many held-out images, whatever dataset.limit says."""
     batch_size: int = 64
     """Images decoded together."""
     resamples: int = 200

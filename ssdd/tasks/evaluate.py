@@ -46,7 +46,8 @@ class Evaluation:
     def __init__(self, cfg: SSDDConfig, accelerator: Accelerator):
         self.cfg, self.accelerator = cfg, accelerator
         self.device = accelerator.device
-        self.dataset = ImageDataset(open_source(cfg.dataset, "val"), cfg.dataset, train=False)
+        held_out = replace(cfg.dataset, limit=cfg.evaluation.limit or cfg.dataset.limit)
+        self.dataset = ImageDataset(open_source(held_out, "val"), held_out, train=False)
         self.networks = load_networks(cfg.evaluation.features, self.device)
         self.perceptual: dict[str, Lpips | FeatureDistance] = {}
         if has("alexnet"):
