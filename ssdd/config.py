@@ -72,7 +72,7 @@ class TokenizerConfig:
     posterior_std: float = 1.0
     """Deviation of the posterior that an encoder trained from scratch starts with; small values learn faster."""
     compile: bool = True
-    """torch.compile the networks."""
+    """torch.compile the networks that train, and the teacher; evaluation runs as it is."""
     fm_sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Sampling."""
     fm_trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -90,7 +90,7 @@ class LossesConfig:
     lpips: float = 0.5
     """LPIPS (VGG) between target and one-step prediction; needs VGG weights in the search path."""
     repa: float = 0.25
-    """REPA: tokens against those of a frozen vision transformer; needs its weights in the search path."""
+    """REPA: tokens against those of a frozen vision transformer; needs its weights in the search path. Not for kl."""
     features: float = 0.0
     """LPIPS's form on the timm network aux_losses.features.model."""
     kl: float = 1e-6
@@ -105,7 +105,7 @@ class LossesConfig:
 
 @dataclass
 class LossStartConfig:
-    """Step from which a loss term counts."""
+    """Step from which a loss term is computed."""
 
     lpips: int = 0
     """LPIPS."""
@@ -208,7 +208,7 @@ class TrainingConfig:
     grad_checkpoint: bool = False
     """Compute activations of the blocks again in the backward pass: less memory, about a third more work."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
-    """Autocast; auto is bf16 where the device computes in it natively, else float32. Weights stay float32."""
+    """Autocast; auto is bf16 where the device computes in it natively, else float32; task=eval takes auto as no."""
     eval_freq: int = 4
     """Epochs between evaluations; 0 evaluates never."""
     save_on_best: str = field(default="FID", metadata={"choices": DECIDING_METRICS})

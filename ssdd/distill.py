@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssdd.flow import predict_data
-from ssdd.objective import Draws, ImageLosses, velocity_and_tokens
+from ssdd.objective import Draws, ImageLosses, Terms, velocity_and_tokens
 from ssdd.repa import RepaLoss
 from ssdd.tokenizer import SSDD
 
@@ -62,7 +62,9 @@ class DistillationObjective(nn.Module):
             return posterior.mode() + tau * self.z_std.view(-1, 1, 1) * draws.z_eps
         return posterior.mode()
 
-    def forward(self, x: Tensor, draws: Draws, stored: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, x: Tensor, draws: Draws, active: Terms = None, stored: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]; no use is made of `draws.t`.
 
         stored: latents and teacher images made earlier from the same images and `draws.eps`.
@@ -73,7 +75,7 @@ class DistillationObjective(nn.Module):
         v, tokens = velocity_and_tokens(self.tokenizer, draws.eps, t, z, keep)
         prediction = predict_data(draws.eps, v, t)
         terms = {"diffusion": (prediction - target).square().mean()}
-        terms |= self.images(prediction, target, draws.eps, t)
+        terms |= self.images(prediction, target, draws.eps, t, active)
         if self.repa is not None:
-            terms["repa"] = self.repa(tokens, x)
+            terms["repa"] = self.repa(tokens, x) if active is None or "repa" in active else self.repa.idle()
         return terms

@@ -6,6 +6,7 @@ devices see one forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from ssdd.flow import interpolate, logit_normal_t, predict_data, velocity_target
 from ssdd.gan import Discriminator
 from ssdd.repa import RepaLoss
 from ssdd.tokenizer import SSDD
+
+Terms = Collection[str] | None
+"""Names of the loss terms to compute, None for all; others cost nothing and are missing in the result."""
 
 
 @dataclass
@@ -67,19 +71,19 @@ class ImageLosses(nn.Module):
         object.__setattr__(self, "discriminator", discriminator)
         given = {"lpips": lpips, "features": features, "gan_disc": discriminator}
         self.terms = [name for name, network in given.items() if network is not None]
-        self.with_adversary = True
-        """Whether the discriminator has its say yet."""
         self.seen: tuple[Tensor, Tensor, Tensor] | None = None
         """Prediction, x_t and t of the last call, without gradients: what the discriminator is trained on."""
 
-    def forward(self, prediction: Tensor, target: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, prediction: Tensor, target: Tensor, x_t: Tensor, t: Tensor, active: Terms = None
+    ) -> dict[str, Tensor]:
         """float32 scalars of images [B, 3, H, W], about [-1, 1]; t is a scalar or [B]."""
-        terms = {}
-        if self.lpips is not None:
+        terms, active = {}, self.terms if active is None else active
+        if self.lpips is not None and "lpips" in active:
             terms["lpips"] = self.lpips(prediction, target).mean()
-        if self.features is not None:
+        if self.features is not None and "features" in active:
             terms["features"] = self.features(prediction, target).mean()
-        if self.discriminator is not None and self.with_adversary:
+        if self.discriminator is not None and "gan_disc" in active:
             self.seen = prediction.detach(), x_t, t
             terms["gan_disc"] = self.discriminator.generator_loss(prediction, x_t, t)
         return terms
@@ -109,7 +113,7 @@ class FlowObjective(nn.Module):
         self.with_kl = with_kl and self.encoder_trains
         self.terms = ["diffusion", *self.images.terms, *["repa"] * (repa is not None), *["kl"] * self.with_kl]
 
-    def forward(self, x: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, draws: Draws, active: Terms = None) -> dict[str, Tensor]:
         """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]."""
         with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
             posterior = self.tokenizer.encode(x)
@@ -118,9 +122,9 @@ class FlowObjective(nn.Module):
         x_t = interpolate(x, draws.eps, t)
         v, tokens = velocity_and_tokens(self.tokenizer, x_t, t, z, None if self.repa is None else self.repa_block)
         terms = {"diffusion": (v - velocity_target(x, draws.eps)).square().mean()}
-        terms |= self.images(predict_data(x_t, v, t), x, x_t, t)
+        terms |= self.images(predict_data(x_t, v, t), x, x_t, t, active)
         if self.repa is not None:
-            terms["repa"] = self.repa(tokens, x)
+            terms["repa"] = self.repa(tokens, x) if active is None or "repa" in active else self.repa.idle()
         if self.with_kl:
             terms["kl"] = posterior.kl().mean()
         return terms
@@ -136,13 +140,13 @@ class AutoencoderObjective(nn.Module):
         self.with_kl = with_kl and self.encoder_trains
         self.terms = ["l1", *self.images.terms, *["kl"] * self.with_kl]
 
-    def forward(self, x: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, draws: Draws, active: Terms = None) -> dict[str, Tensor]:
         """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]; only `draws.z_eps` is used."""
         with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
             posterior = self.tokenizer.encode(x)
             z = posterior.sample(noise=draws.z_eps)
         y = self.tokenizer.decoder(z)
-        terms = {"l1": (y - x).abs().mean()} | self.images(y, x, x, torch.zeros((), device=x.device))
+        terms = {"l1": (y - x).abs().mean()} | self.images(y, x, x, torch.zeros((), device=x.device), active)
         if self.with_kl:
             terms["kl"] = posterior.kl().mean()
         return terms

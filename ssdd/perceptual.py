@@ -44,7 +44,8 @@ class Lpips(nn.Module):
     def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """Distances [B] of two results of `features`."""
         heads = zip(a, b, self.network.lins, strict=True)
-        return sum(head((x - y).square()).mean(dim=(1, 2, 3)) for x, y, head in heads)
+        with torch.autocast(a[0].device.type, enabled=False):  # the heads are convolutions, the distance is float32
+            return sum(head((x - y).square()).mean(dim=(1, 2, 3)) for x, y, head in heads)
 
     def train(self, mode: bool = True) -> Lpips:
         """Stays in evaluation mode whatever a surrounding module does."""

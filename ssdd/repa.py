@@ -75,6 +75,10 @@ class RepaLoss(nn.Module):
         projected = self.repa_mlp(tokens).float()
         return 1 - F.cosine_similarity(projected, self.teacher(images).float(), dim=-1, eps=1e-5).mean()
 
+    def idle(self) -> Tensor:
+        """0, with a gradient of 0 for every parameter: data-parallel wrappers wait for all of them."""
+        return sum(0.0 * parameter.sum() for parameter in self.repa_mlp.parameters())
+
 
 def resample_positions(table: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
     """Position table [1, prefix + n n, C] for another grid of patches: bicubic, without antialiasing."""

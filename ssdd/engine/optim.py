@@ -7,16 +7,25 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 def parameter_groups(named_parameters: Mapping[str, Tensor], modules: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: decayed are the weights of linear, convolution and norm layers, all else is not (facts f)."""
     decayed_types = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
-    weights = {id(m.weight) for m in modules.modules() if isinstance(m, decayed_types) and m.weight is not None}
+    layers = [module for module in modules.modules() if isinstance(module, decayed_types)]
+    weights = {id(_weight(layer)) for layer in layers}
     decayed = [p for p in named_parameters.values() if id(p) in weights]
     rest = [p for p in named_parameters.values() if id(p) not in weights]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _weight(layer: nn.Module) -> Tensor | None:
+    """The trained weight: that of a spectrally normalised layer is computed from it at every access."""
+    if is_parametrized(layer, "weight"):
+        return layer.parametrizations.weight.original
+    return layer.weight
 
 
 def build_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ssdd.engine import checkpoint
 from ssdd.engine.errors import UserError
 from ssdd.engine.precision import mixed_precision
 
@@ -60,9 +61,10 @@ def check_finite(accelerator: Accelerator, bad_step: Tensor, last: Path) -> None
     """UserError when `bad_step` (int scalar, -1: none) names a step with a non-finite loss in any process."""
     bad = [step for step in accelerator.gather(bad_step.unsqueeze(0)).tolist() if step >= 0]
     if bad:
+        kept = f", and {last} keeps what came before" if checkpoint.exists(last) else " before the first checkpoint"
         raise UserError(
-            f"the loss or its gradient was not finite at step {min(bad)}; training stopped, and {last} keeps what came "
-            "before. Lower training.lr, set training.grad_clip, or use training.mixed_precision=no, and start again."
+            f"the loss or its gradient was not finite at step {min(bad)}; training stopped{kept}. "
+            "Lower training.lr, set training.grad_clip, or use training.mixed_precision=no, and start again."
         )
 
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssdd.config import SSDDConfig
 from ssdd.engine.images import ImageDataset, open_source, steps_per_epoch
 from ssdd.engine.optim import build_optimizer, parameter_groups
+from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.training import open_accelerator, peak_memory, synchronize
 from ssdd.objective import step_draws, weighted_sum
 from ssdd.tasks.networks import build_discriminator, build_objective, build_tokenizer
@@ -25,8 +26,11 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
     rows = max(1, cfg.dataset.batch_size // world // cfg.training.grad_accumulate)
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=True)
     steps = cfg.training.steps or cfg.training.epochs * steps_per_epoch(dataset, cfg.dataset.batch_size)
-    network = build_tokenizer(cfg).to(device)
-    objective = build_objective(cfg, network, build_discriminator(cfg)).to(device)
+    network, discriminator = build_tokenizer(cfg).to(device), build_discriminator(cfg)
+    objective = build_objective(cfg, network, discriminator).to(device)
+    stored = cfg.distill_teacher and cfg.distill.targets == "cache"
+    if discriminator is not None:
+        discriminator.to(device)
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(cfg.training.optimizer, parameter_groups(parameters, objective, 0.0), 0.0, (0.9, 0.99))
     side, latent = cfg.dataset.im_size, (network.z_dim, *(cfg.dataset.im_size // network.f,) * 2)
@@ -37,6 +41,9 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
         z = network.encode(x[:1]).mode()
     with FlopCounterMode(display=False) as decoding:
         network.decode(z, steps=1)
+    given = [(torch.zeros(rows, *latent, device=device), x)] if stored else []
+    if cfg.training.grad_checkpoint:
+        recompute_activations(network)
     if cfg.ssdd.compile:
         network.compile()
     seconds = []
@@ -44,8 +51,13 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
         synchronize(device)
         began = time.perf_counter()
         with accelerator.autocast():
-            loss = weighted_sum(objective(x, draws), vars(cfg.losses))
+            loss = weighted_sum(objective(x, draws, None, *given), vars(cfg.losses))
         accelerator.backward(loss)
+        if discriminator is not None:
+            with accelerator.autocast():
+                loss = discriminator(x, *objective.images.seen)
+            accelerator.backward(loss)
+            discriminator.zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         synchronize(device)

@@ -195,9 +195,12 @@ def _rows_of_checkpoint(cfg: SSDDConfig, device: torch.device) -> list[Row]:
     encoder = encoder_option(cfg)
     moved = {"encoder": encoder} if foreign_encoder(encoder) else {}
     tokenizer = SSDD.from_pretrained(cfg.ssdd.checkpoint, cfg.ckpt_dir, **moved)
+    counts = cfg.evaluation.steps or [cfg.ssdd.fm_sampler.steps]
+    if tokenizer.config["fm_sampler"]["steps"] == 1 < max(counts):
+        log.warning("%s was trained for one step; ssdd.fm_sampler.steps=1 evaluates that", cfg.ssdd.checkpoint)
     tokenizer.config["fm_sampler"]["t_pow_shift"] = cfg.ssdd.fm_sampler.t_pow_shift
     tokenizer.to(device).eval().requires_grad_(False)
-    return [Row(f"steps-{n}", tokenizer, n) for n in cfg.evaluation.steps or [cfg.ssdd.fm_sampler.steps]]
+    return [Row(f"steps-{n}", tokenizer, n) for n in counts]
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
@@ -212,6 +215,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 "task=eval needs ssdd.checkpoint=<run or file>, or evaluation.decoders=[name:reference:steps]"
             )
         rows = _rows_of_checkpoint(cfg, accelerator.device)
+    counts = cfg.evaluation.steps or [cfg.ssdd.fm_sampler.steps]
+    if min(counts) < 1 or len(set(counts)) < len(counts):
+        raise UserError(f"evaluation.steps={counts}: expected different numbers of steps, 1 or more")
     if cfg.evaluation.noise_draws == 1:
         raise UserError("evaluation.noise_draws=1 has no spread; take two or more, or 0 to leave it out")
     for row in rows:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ssdd.config import SSDDConfig
 from ssdd.distill import DistillationObjective
 from ssdd.encoder import ENCODER_NAME
+from ssdd.engine.checkpoint import resolve
 from ssdd.engine.errors import UserError
 from ssdd.engine.images import ImageDataset, eval_batches, open_source
 from ssdd.engine.throughput import count_flop
@@ -21,7 +22,8 @@ from ssdd.objective import AutoencoderObjective, FlowObjective, ImageLosses, ste
 from ssdd.perceptual import FeatureDistance, Lpips
 from ssdd.repa import PatchTokens, RepaLoss
 from ssdd.targets import TargetStore
-from ssdd.tokenizer import KL, SSDD
+from ssdd.tokenizer import KL, METADATA_KEY, SSDD
+from ssdd.weights import encoder_weights, options_of, read_weights
 
 IMAGES_FOR_DEVIATION = 256
 
@@ -59,11 +61,34 @@ def build_tokenizer(cfg: SSDDConfig) -> SSDD:
     return network
 
 
+def build_encoder(cfg: SSDDConfig) -> SSDD:
+    """A tokenizer of which only the encoder counts: of `ssdd.encoder_checkpoint`, `ssdd.checkpoint`, or from elsewhere.
+
+    The file may hold an encoder alone, under our names, LDM's or diffusers'. UserError if there is none.
+    """
+    option = encoder_option(cfg)
+    if foreign_encoder(option):
+        return SSDD(option, "XXS")
+    reference = cfg.ssdd.encoder_checkpoint or cfg.ssdd.checkpoint
+    if reference is None:
+        raise UserError("task=z_stats needs ssdd.encoder_checkpoint=<run or file>")
+    path = resolve(str(reference), cfg.ckpt_dir)
+    weights, metadata = read_weights(path)
+    if METADATA_KEY in metadata:
+        return SSDD.from_pretrained(path)
+    found = options_of(encoder_weights(weights, path)).get("encoder", option)
+    return SSDD(found, "XXS", encoder_checkpoint=path)
+
+
 def build_discriminator(cfg: SSDDConfig) -> Discriminator | None:
     """The adversary, where `losses.gan_disc` asks for one. UserError if the images are too small for it."""
     if not cfg.losses.gan_disc:
         return None
     options = cfg.gan.discriminator
+    if cfg.training.mixed_precision == "fp16":
+        raise UserError(
+            "losses.gan_disc needs training.mixed_precision=bf16 or no: one loss scale can't serve two losses"
+        )
     if cfg.dataset.im_size < 2 ** (options.n_layers + 1):
         raise UserError(
             f"gan.discriminator.n_layers={options.n_layers} needs images of {2 ** (options.n_layers + 1)} px or more"
@@ -82,6 +107,8 @@ def build_objective(cfg: SSDDConfig, network: SSDD, discriminator: Discriminator
         FeatureDistance(cfg.aux_losses.features.model) if weights.features else None,
         discriminator,
     )
+    if cfg.distill_teacher and cfg.objective == "direct":
+        raise UserError("distill_teacher=true learns from a teacher, objective=direct from real images: choose one")
     if network.deterministic:
         if cfg.distill_teacher or cfg.objective == "direct":
             raise UserError("ssdd.decoder=kl decodes in one step already: no distill_teacher, no objective=direct")
@@ -120,9 +147,9 @@ def latent_deviation(cfg: SSDDConfig, network: SSDD) -> Tensor:
 
 
 def build_targets(
-    cfg: SSDDConfig, objective: DistillationObjective, dataset: ImageDataset, teacher: str, accelerator: Accelerator
+    cfg: SSDDConfig, objective: DistillationObjective, dataset: ImageDataset, teacher: Any, accelerator: Accelerator
 ) -> TargetStore:
-    """The stored targets of a distillation, complete. teacher: the checksum of its weights. UserError for other z."""
+    """The stored targets of a distillation, complete. teacher: checksums of its weights. UserError for other z."""
     if cfg.distill.z != "mean":
         raise UserError(f"distill.targets=cache stores the posterior's mean: not for distill.z={cfg.distill.z}")
     steps, sampler = cfg.ssdd.fm_sampler.steps, vars(cfg.ssdd.fm_sampler)
@@ -141,7 +168,7 @@ def flop_per_image(cfg: SSDDConfig, objective: nn.Module, accelerator: Accelerat
     x, draws = torch.zeros(image, device=device), step_draws(cfg.seed, 0, image, latent, device)
     stored = cfg.distill_teacher and cfg.distill.targets == "cache"
     given = [(torch.zeros(latent, device=device), x)] if stored else []
-    objective.images.with_adversary = False
+    active = [name for name in objective.terms if name != "gan_disc"]
     trained = [p for p in objective.parameters() if p.requires_grad]
     with accelerator.autocast():
-        return count_flop(lambda: sum(objective(x, draws, *given).values()), trained)
+        return count_flop(lambda: sum(objective(x, draws, active, *given).values()), trained)

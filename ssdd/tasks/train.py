@@ -64,9 +64,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=not stored, seed=cfg.seed)
     epoch_steps = steps_per_epoch(dataset, batch_size)
     steps = training.epochs * epoch_steps if training.steps is None else training.steps
-    for key, value in (("steps", steps), ("log_freq", training.log_freq), ("save_every", training.save_every)):
-        if value < 1:
-            raise UserError(f"training.{key}={value} must be at least 1")
+    _check(cfg, steps)
 
     torch.manual_seed(seed_of(cfg.seed, "ssdd.init"))
     network = build_tokenizer(cfg).to(device)
@@ -95,15 +93,16 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     # Resume: the state below is all that a step reads, besides the config.
     directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
     last = directory.checkpoints / "last"
-    identity = {"tokenizer": network.config, "data": dataset.source.fingerprint(), "seed": cfg.seed}
-    identity |= {"batch_size": batch_size, "steps": steps, "optimizer": training.optimizer}
-    identity |= {"objective": type(objective).__name__, "terms": objective.terms}
+    identity = {"encoder": network.config["encoder"], "decoder": network.config["decoder"]}
+    identity |= {"data": dataset.source.fingerprint(), "seed": cfg.seed, "batch_size": batch_size, "steps": steps}
+    identity |= {"optimizer": training.optimizer, "objective": cfg.objective, "terms": objective.terms}
     if cfg.distill_teacher:
-        teacher = checkpoint.resolve(str(cfg.ssdd.checkpoint), cfg.ckpt_dir)
-        identity |= {"teacher": sha256_file(teacher), "teacher_steps": cfg.ssdd.fm_sampler.steps}
+        teacher = sha256_file(checkpoint.resolve(str(cfg.ssdd.checkpoint), cfg.ckpt_dir))
+        identity |= {"teacher": [teacher, network.encoder_fingerprint()], "sampler": vars(cfg.ssdd.fm_sampler)}
+        identity |= {"distill": vars(cfg.distill)}
     if stored:
         targets = build_targets(cfg, objective, dataset, identity["teacher"], accelerator)
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "window_steps": 0, "metrics": {}, "best": None}
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "window_steps": {}, "metrics": {}, "best": None}
     if checkpoint.exists(last):
         tensors, state = checkpoint.load(last)
         check_identity(state["identity"], identity, last)
@@ -124,10 +123,12 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         recompute_activations(network)
     if cfg.ssdd.compile:
         network.compile()
+        if cfg.distill_teacher:
+            objective.teacher.compile()
     model, optimizer = accelerator.prepare(objective, optimizer)
     if discriminator is not None:
         adversary, gan_optimizer = accelerator.prepare(discriminator, gan_optimizer)
-        discriminator.requires_grad_(False)  # but in its own step
+        discriminator.requires_grad_(False).eval()  # but in its own step
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
     if accelerator.is_main_process:
@@ -160,12 +161,12 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     def discriminator_backward(part: slice) -> torch.Tensor:
         """Gradients of the discriminator's loss on the images of the last forward pass; the loss, detached."""
         prediction, x_t, t = objective.images.seen
-        discriminator.requires_grad_(True)
+        discriminator.requires_grad_(True).train(part.start == 0)  # spectral norms iterate once a step
         with nullcontext() if part.stop == rows else accelerator.no_sync(adversary):
             with accelerator.autocast():
                 loss = adversary(x[part], prediction, x_t, t)
             accelerator.backward(cfg.losses.gan_train * loss / training.grad_accumulate)
-        discriminator.requires_grad_(False)
+        discriminator.requires_grad_(False).eval()
         return loss.detach()
 
     z_shape = (network.z_dim, cfg.dataset.im_size // network.f, cfg.dataset.im_size // network.f)
@@ -195,9 +196,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             lr = learning_rate(training.lr, step, steps, training.warmup_steps, training.lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            weights = weights_at(cfg, step)
-            adversarial = discriminator is not None and step >= cfg.gan.start_iter
-            objective.images.with_adversary = adversarial
+            active = active_terms(cfg, objective.terms, step)
+            adversarial = "gan_disc" in active
 
             # Accumulate gradients; processes exchange them in the last part only.
             size = rows // training.grad_accumulate
@@ -206,34 +206,38 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 with nullcontext() if part.stop == rows else accelerator.no_sync(model):
                     with accelerator.autocast():
                         given = [(z[part], images[part])] if stored else []
-                        terms = model(x[part], draws.rows(part), *given)
-                    loss = weighted_sum(terms, weights) / training.grad_accumulate
+                        terms = model(x[part], draws.rows(part), active, *given)
+                    loss = weighted_sum(terms, vars(cfg.losses)) / training.grad_accumulate
                     accelerator.backward(loss)
+                finite &= loss.isfinite()
                 if adversarial:
                     terms["gan_train"] = discriminator_backward(part)
-                finite &= loss.isfinite()
+                    finite &= terms["gan_train"].isfinite()
                 for i, name in enumerate(logged[:-1]):
                     if name in terms:
                         window[i] += terms[name].detach() / training.grad_accumulate
 
             # Optimise, average.
-            norm = accelerator.clip_grad_norm_(parameters.values(), training.grad_clip or math.inf)
-            if heads:
-                clip_grad_norm_(heads.values(), training.grad_clip or math.inf)
-            window[-1] += norm
-            finite &= norm.isfinite() | (accelerator.scaler is not None)  # a scaler skips steps that overflow
+            largest = training.grad_clip or math.inf
+            norms = [accelerator.clip_grad_norm_(parameters.values(), largest)]
+            norms += [clip_grad_norm_(heads.values(), largest)] if heads else []
+            norms += [clip_grad_norm_(discriminator.parameters(), largest)] if adversarial else []
+            window[-1] += norms[0]
+            overflow = accelerator.scaler is not None  # a scaler skips such steps
+            finite &= torch.stack(norms).isfinite().all() | overflow
             bad_step = torch.where((bad_step < 0) & ~finite, step + 1, bad_step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if adversarial:
                 for group in gan_optimizer.param_groups:
                     group["lr"] = lr
-                clip_grad_norm_(discriminator.parameters(), training.grad_clip or math.inf)
                 gan_optimizer.step()
                 gan_optimizer.zero_grad(set_to_none=True)
             ema.update(averaged_weights(optimizer.optimizer, parameters))
             done = step + 1
-            state.update(step=done, window_steps=state["window_steps"] + 1)
+            counted = [*active, "grad_norm", *["gan_train"] * adversarial]
+            state["window_steps"] = {name: state["window_steps"].get(name, 0) + (name in counted) for name in logged}
+            state["step"] = done
             progress.advance()
 
             # Log: the only place besides checkpoints and evaluations that waits for the device.
@@ -248,12 +252,13 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             if logging or saving:
                 check_finite(accelerator, bad_step, last)
             if logging:
-                means = (accelerator.reduce(window, "mean") / state["window_steps"]).tolist()
-                state["metrics"] = dict(zip(logged, means, strict=True))
+                sums, counts = accelerator.reduce(window, "mean").tolist(), state["window_steps"]
+                sums = dict(zip(logged, sums, strict=True))
+                state["metrics"] = {name: sums[name] / count for name, count in counts.items() if count}
                 values = {**state["metrics"], "lr": lr, "images": done * batch_size}
                 progress.metrics(done, values | throughput.line(done))
                 window.zero_()
-                state["window_steps"] = 0
+                state["window_steps"] = {}
 
             # Look at the averaged weights; the best ones are kept.
             drawing = picture is not None and picture_due(training.sample_every, done, evaluating)
@@ -305,7 +310,20 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     return result
 
 
-def weights_at(cfg: SSDDConfig, step: int) -> dict[str, float]:
-    """Weight of every loss term at a step: 0 before the term starts."""
+def _check(cfg: SSDDConfig, steps: int) -> None:
+    """UserError for numbers that no run can work with."""
+    training = cfg.training
+    least = {"log_freq": training.log_freq, "save_every": training.save_every}
+    least |= {"epochs": training.epochs} if training.steps is None else {"steps": steps}
+    least = {f"training.{key}": value for key, value in least.items()}
+    for key, value in (least | {"ssdd.fm_sampler.steps": cfg.ssdd.fm_sampler.steps}).items():
+        if value < 1:
+            raise UserError(f"{key}={value} must be at least 1")
+    if training.grad_clip < 0:
+        raise UserError(f"training.grad_clip={training.grad_clip} must not be negative; 0 switches clipping off")
+
+
+def active_terms(cfg: SSDDConfig, terms: list[str], step: int) -> list[str]:
+    """The loss terms that have started at a step."""
     starts = {**vars(cfg.losses_start), "gan_disc": cfg.gan.start_iter}
-    return {name: weight if step >= starts.get(name, 0) else 0.0 for name, weight in vars(cfg.losses).items()}
+    return [name for name in terms if step >= starts.get(name, 0)]

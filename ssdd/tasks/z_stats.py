@@ -12,7 +12,7 @@ from ssdd.engine.images import ImageDataset, eval_batches, open_source
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.training import open_accelerator
 from ssdd.latent import LatentNorm
-from ssdd.tokenizer import SSDD
+from ssdd.tasks.networks import build_encoder
 
 
 @torch.no_grad()
@@ -25,10 +25,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     accelerator = open_accelerator("no", False)
     if accelerator.num_processes > 1:
         raise UserError("task=z_stats runs in one process: accelerate launch --num_processes 1 ssdd/main.py ...")
-    reference = cfg.ssdd.encoder_checkpoint or cfg.ssdd.checkpoint
-    if reference is None:
-        raise UserError("task=z_stats needs ssdd.encoder_checkpoint=<run or file>")
-    tokenizer = SSDD.from_pretrained(reference, cfg.ckpt_dir).to(accelerator.device).eval()
+    tokenizer = build_encoder(cfg).to(accelerator.device).eval()
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=False)
     values, total, squares = 0, 0.0, 0.0
     for x, _, _ in eval_batches(dataset, cfg.evaluation.batch_size, workers=cfg.dataset.workers):
@@ -40,6 +37,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     mean = total / values
     norm = LatentNorm.from_moments(mean, squares / values - mean.square(), count, tokenizer.encoder_fingerprint())
     directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
+    directory.save_config(cfg)
     norm.save(directory.path / "z_stats.json")
     result = {"z_mean": norm.z_mean, "z_std": norm.z_std}
     directory.write_result(result)

@@ -60,8 +60,7 @@ def test_the_decoder_learns_from_its_term_and_the_discriminator_from_its_own(tok
     discriminator(x, prediction, x_t, t).backward()
     assert tokenizer.decoder.conv_out.weight.grad is None
     assert all(p.grad is not None for p in discriminator.parameters())
-    objective.images.with_adversary = False
-    assert set(objective(x, draws())) == {"diffusion"}
+    assert set(objective(x, draws(), active=["diffusion"])) == {"diffusion"}
 
 
 def test_it_starts_at_its_step_and_not_before(config, tmp_path):
