@@ -147,6 +147,7 @@ def _open_shard(folder: RemoteFolder, name: str, place: Path) -> tuple[Path, lis
     known = read_json(index) if index.is_file() else {}
     if known.get("version") != version or not path.is_file() or path.stat().st_size != known["size"]:
         index.parent.mkdir(parents=True, exist_ok=True)
+        index.unlink(missing_ok=True)  # it must not outlive the copy that it describes
         if local is None:
             log.info("copying %s to %s", folder.where(name), path)
             folder.download(name, path, version["bytes"])
@@ -212,7 +213,7 @@ def _label(found: dict[str, bytes], sample: str) -> int:
         raise UserError(f'{sample} has no label: add KEY.cls with an integer, or KEY.json with "label"')
     try:
         label = int(found["cls"]) if "cls" in found else json.loads(found["json"])["label"]
-        if type(label) is not int or label < 0:
+        if type(label) is not int or not 0 <= label < 2**31:
             raise ValueError(label)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the label of {sample} is not an integer from 0 ({type(error).__name__}: {error})") from None

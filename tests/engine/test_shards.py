@@ -6,6 +6,8 @@ import gzip
 import io
 import itertools
 import os
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from ssdd.engine.shards import index_tar
 from ssdd.main import main as ssdd_main
 from tests.ssdd.conftest import ARGUMENTS
 
+ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "val")
 PER_SHARD = 16
 
@@ -232,6 +235,19 @@ def test_a_download_that_breaks_off_is_made_again(digits, memory, monkeypatch):
     assert calls.count("train/000001.tar") == 2
 
 
+def test_of_processes_that_open_the_same_shards_one_goes_through_them(digits, tmp_path):
+    program = (
+        "import sys; from ssdd.engine import shards; original = shards.index_tar\n"
+        "def index_tar(path, where): sys.stdout.write(path.name + chr(10)); return original(path, where)\n"
+        "shards.index_tar = index_tar; assert len(shards.open_shards(sys.argv[1], 'train', sys.argv[2])[1]) == 40\n"
+    )
+    command = [sys.executable, "-c", program, str(digits / "shards"), str(tmp_path)]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    names = "".join(process.communicate()[0] for process in processes).split()
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(names) == [f"{number:06d}.tar" for number in range(3)]
+
+
 # Mistakes
 
 
@@ -299,6 +315,7 @@ def test_a_shard_that_breaks_off_anywhere_is_an_error(tmp_path):
         ({"a.png": picture(), "a.json": b'{"label": "dog"}'}, "label of sample a .* dog"),
         ({"a.png": picture(), "a.json": b"[1"}, r"label of sample a .*\(JSONDecodeError"),
         ({"a.png": picture(), "a.cls": b"dog"}, "label of sample a .*dog"),
+        ({"a.png": picture(), "a.cls": b"9" * 20}, "label of sample a .* 9{20}"),
         ({"a.png": picture(), "a.cls": b"-1"}, "label of sample a .* -1"),
         ({"a.png": picture(), "a.jpg": picture(), "a.cls": b"1"}, "two pictures of sample a"),
         ({"a.png": picture(), "a.cls": b"1", "b.cls": b"1"}, "sample b of .* has no picture"),
