@@ -1,4 +1,4 @@
-"""Copy the files of a remote cache to a local folder: whole, checked, retried, ahead of their use.
+"""Copy the files of a remote cache to a local folder, ahead of their use.
 
 The folder is itself a cache that grows; with all shards there, `LatentDataset` and `verify` take it as one. Processes
 of one machine share it: a shard is downloaded under a lock on its sidecar, which is never replaced.
@@ -6,101 +6,18 @@ of one machine share it: a shard is downloaded under a lock on its sidecar, whic
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import logging
 import os
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
 
 from latent_cache.manifest import MANIFEST, STATISTICS, load_manifest
 from latent_cache.shard import shard_name
 from ssdd.engine.errors import UserError, full_disk
-from ssdd.engine.files import remove_leftovers, sync_folder, write_atomic, write_json
-
-ATTEMPTS = 4
-PAUSE = 0.5  # seconds before the second attempt; doubles each time
-BLOCK = 2**20
-
-Result = TypeVar("Result")
-
-log = logging.getLogger(__name__)
-
-
-class RemoteFolder:
-    """A folder at an fsspec URL: `s3://`, `gs://`, `https://`, `memory://`, `file://`, or a plain path."""
-
-    def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
-        self.url, self.storage_options = url.rstrip("/"), storage_options or {}
-
-    def where(self, name: str) -> str:
-        return f"{self.url}/{name}"
-
-    def open(self, name: str) -> BinaryIO:
-        """File `name` of the folder for reading. UserError when this kind of URL can't be read here."""
-        filesystem, path = self._resolve(self.where(name))
-        return filesystem.open(path, "rb")
-
-    def is_at(self, folder: Path) -> bool:
-        """Whether this is a local folder, and that one."""
-        filesystem, path = self._resolve(self.url)
-        return "file" in filesystem.protocol and Path(path).resolve() == folder.resolve()
-
-    def _resolve(self, url: str) -> tuple[Any, str]:
-        import fsspec
-
-        try:
-            return fsspec.core.url_to_fs(url, **self.storage_options)
-        except (ImportError, ValueError) as error:  # a protocol whose package is missing, or that is none
-            raise UserError(f"can't read {self.url}: {error}") from None
-
-    def read(self, name: str) -> bytes:
-        """A small file. UserError when it is missing or can't be read."""
-        return self._attempts(name, lambda: self._read(name))
-
-    def download(self, name: str, entry: dict, target: Path) -> None:
-        """Copy file `name` to `target`; entry: its "bytes" and "sha256". A copy that differs is made again."""
-        self._attempts(name, lambda: self._download(name, entry, target))
-
-    def _attempts(self, name: str, act: Callable[[], Result]) -> Result:
-        for attempt in range(ATTEMPTS):
-            try:
-                return act()
-            except UserError:
-                raise
-            except FileNotFoundError:
-                raise UserError(f"{self.where(name)} is missing: upload it, or build the cache again") from None
-            except Exception as error:  # every file system has its own kinds of failures
-                if full_disk(error):
-                    raise
-                problem = str(error) or type(error).__name__
-                log.warning("%s: %s (attempt %d of %d)", self.where(name), problem, attempt + 1, ATTEMPTS)
-                if attempt + 1 < ATTEMPTS:
-                    time.sleep(PAUSE * 2**attempt)
-        raise UserError(f"{self.where(name)} can't be read, after {ATTEMPTS} attempts: {problem}")
-
-    def _read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
-
-    def _download(self, name: str, entry: dict, target: Path) -> None:
-        digest, size = hashlib.sha256(), 0
-        with self.open(name) as source, open(target, "wb") as copy:
-            while block := source.read(BLOCK):
-                copy.write(block)
-                digest.update(block)
-                size += len(block)
-            copy.flush()
-            os.fsync(copy.fileno())
-        if size != entry["bytes"]:
-            raise OSError(f"{size} bytes came instead of {entry['bytes']}")
-        if digest.hexdigest() != entry["sha256"]:
-            raise OSError("what came is damaged (its checksum is wrong)")
+from ssdd.engine.fetch import RemoteFolder, locked
+from ssdd.engine.files import remove_leftovers, write_atomic, write_json
 
 
 class ShardFetcher:
@@ -159,19 +76,13 @@ class ShardFetcher:
             self._fetch(number)
 
     def _fetch(self, number: int) -> None:
-        tar = self._tar(number)
-        temporary = tar.with_name(f".{tar.name}.tmp")
+        tar, entry = self._tar(number), self.entries[number]
         try:
-            with _lock(tar.with_suffix(".json")):
+            with locked(tar.with_suffix(".json")):
                 if tar.is_file():  # another process was faster
                     return
                 self._make_room(number)
-                try:
-                    self.remote.download(f"{self.split}/{tar.name}", self.entries[number], temporary)
-                    os.replace(temporary, tar)
-                finally:
-                    temporary.unlink(missing_ok=True)
-                sync_folder(tar.parent)
+                self.remote.download(f"{self.split}/{tar.name}", tar, entry["bytes"], entry["sha256"])
         except OSError as error:
             if not full_disk(error):
                 raise
@@ -206,12 +117,13 @@ def _open_folder(remote: RemoteFolder, folder: Path, split: str) -> list[dict]:
 
     UserError when the folder holds another cache.
     """
-    if remote.is_at(folder):
+    at = remote.local()
+    if at is not None and at.resolve() == folder.resolve():
         raise UserError(f"cache_dir={folder} is the cache itself: open it with LatentDataset, or choose another folder")
     content = remote.read(MANIFEST)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with locked(folder):
             remove_leftovers(folder)
             known = (folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else None
             if known is None:
@@ -245,14 +157,3 @@ def _put_small_files(remote: RemoteFolder, folder: Path, manifest: dict, split: 
         sidecar = folder / split / f"{shard_name(number)}.json"
         if not sidecar.is_file():
             write_json(sidecar, entry)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock on an existing file or folder, against other processes and threads."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

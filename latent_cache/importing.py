@@ -27,7 +27,7 @@ from latent_cache.peers.block import PeerLatents
 from latent_cache.processes import Processes
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
-from ssdd.engine.sources import ImageFiles
+from ssdd.engine.image_files import ImageFiles
 from ssdd.latent import UNKNOWN_ENCODER, LatentNorm
 from ssdd.tokenizer import SSDD
 

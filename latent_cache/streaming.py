@@ -13,8 +13,9 @@ from torch import Tensor
 
 from latent_cache.batches import Batch, BatchSequence, Step
 from latent_cache.dataset import LatentDataset, Rows
-from latent_cache.fetch import RemoteFolder, ShardFetcher
+from latent_cache.fetch import ShardFetcher
 from ssdd.engine.errors import UserError
+from ssdd.engine.fetch import RemoteFolder
 from ssdd.engine.sources import random_state
 
 

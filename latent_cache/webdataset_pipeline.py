@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from latent_cache.fetch import RemoteFolder
 from latent_cache.manifest import MANIFEST, parse_manifest
 from latent_cache.shard import shard_name
 from ssdd.engine.errors import UserError
+from ssdd.engine.fetch import RemoteFolder
 
 
 def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.image_files import IMAGE_SUFFIXES, ImageFiles
 from ssdd.engine.images import adm_crop, centre_crop, resize_short_side
-from ssdd.engine.sources import IMAGE_SUFFIXES, ImageFiles
 
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"
 CROPS = {

@@ -1,4 +1,4 @@
-"""Where images and their labels come from: scikit-learn digits, Fashion-MNIST, or a folder of image files."""
+"""Where images and their labels come from: scikit-learn digits, Fashion-MNIST, a folder of files, or shards."""
 
 from __future__ import annotations
 
@@ -15,26 +15,35 @@ import numpy as np
 from PIL import Image
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.fetch import cache_folder
+from ssdd.engine.image_files import IMAGE_SUFFIXES, ImageFiles
 from ssdd.engine.noise import seed_of
+from ssdd.engine.shards import ShardedImages, open_shards
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-FLIP_OF_SOURCE = {"digits": False, "fashion_mnist": False, "imagefolder": True}
+FLIP_OF_SOURCE = {"digits": False, "fashion_mnist": False, "imagefolder": True, "webdataset": True}
 SMALL_SIDE = 32  # Fashion-MNIST comes in this size, so that at 32 px all the named resizings agree
 HELD_OUT_DIGITS = 500
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-HASHED_BYTES = 1 << 30  # a folder up to this size is fingerprinted by content, a larger one by names and sizes
 SPLITS = ("train", "val")
 
 
 @dataclass
 class DatasetConfig:
-    source: str = field(default="imagefolder", metadata={"choices": ("digits", "fashion_mnist", "imagefolder")})
-    """Where images come from: digits (scikit-learn, no download), fashion_mnist (IDX files), or a folder of files."""
+    source: str = field(
+        default="imagefolder", metadata={"choices": ("digits", "fashion_mnist", "imagefolder", "webdataset")}
+    )
+    """Where images come from: digits (scikit-learn, no download), fashion_mnist (IDX files), a folder, or shards."""
     root: str | None = None
-    """Folder of the source; for imagefolder it wins over imagenet_root, for fashion_mnist over the usual places."""
+    """Folder of the source; for imagefolder it wins over imagenet_root, for fashion_mnist over the usual places.
+
+    For webdataset a folder or URL (s3://, https://, ...) with train/*.tar and val/*.tar, or a pattern of shards as
+    URL/{train-{0000..1023},val-{00..63}}.tar. Samples: KEY.jpg|jpeg|png|webp with KEY.cls, or KEY.json with "label".
+    """
+    cache_dir: str | None = None
+    """webdataset: folder for copies of remote shards and for indices; null: ~/.cache/ssdd/shards."""
     imagenet_root: str = "imagenet_data"
     """Image folder in ImageNet layout, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg; used when root is not set."""
     im_size: int = 128
@@ -68,7 +77,7 @@ class ImageSource:
     labels: np.ndarray
     class_names: list[str]
     flip: bool
-    pictures: PixelArray | ImageFiles
+    pictures: PixelArray | ImageFiles | ShardedImages
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,39 +119,6 @@ class PixelArray:
         digest.update(repr(self.pixels.shape).encode() + np.ascontiguousarray(self.pixels).tobytes())
 
 
-class ImageFiles:
-    """Pictures that are files under one folder, named relative to it."""
-
-    def __init__(self, folder: Path, names: list[str]) -> None:
-        self.folder = folder
-        self.names = names
-
-    def read(self, index: int) -> Image.Image:
-        path = self.where(index)
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except Exception as problem:  # a damaged file makes the decoders raise almost anything
-            raise UserError(
-                f"can't read the image {path}: {type(problem).__name__}: {problem}. "
-                "Replace or remove the file, or set dataset.on_corrupt=skip to leave such images out"
-            ) from problem
-
-    def where(self, index: int) -> str:
-        return str(self.folder / self.names[index])
-
-    def subset(self, indices: np.ndarray) -> ImageFiles:
-        return ImageFiles(self.folder, [self.names[i] for i in indices])
-
-    def add_to(self, digest: hashlib._Hash) -> None:
-        sizes = [(self.folder / name).stat().st_size for name in self.names]
-        by_content = sum(sizes) <= HASHED_BYTES
-        for name, size in zip(self.names, sizes, strict=True):
-            digest.update(f"{name}\0{size}\0".encode())
-            if by_content:
-                digest.update(hashlib.sha256((self.folder / name).read_bytes()).digest())
-
-
 def random_state(*parts: int | str) -> np.random.RandomState:
     """A NumPy stream named by `parts`; RandomState, because NumPy promises never to change what it draws."""
     seed = seed_of(*parts)
@@ -161,6 +137,10 @@ def open_source(cfg: DatasetConfig, split: str) -> ImageSource:
         pictures, labels, class_names = _fashion_mnist(cfg.root, split)
     elif cfg.source == "imagefolder":
         pictures, labels, class_names = _image_folder(Path(cfg.root or cfg.imagenet_root), split)
+    elif cfg.source == "webdataset":
+        if not cfg.root:
+            raise UserError("dataset.source=webdataset needs dataset.root=FOLDER_OR_URL of the shards")
+        pictures, labels, class_names = open_shards(cfg.root, split, cfg.cache_dir)
     else:
         raise UserError(f"dataset.source={cfg.source}: expected one of {', '.join(FLIP_OF_SOURCE)}")
     if cfg.limit is not None and cfg.limit < len(labels):
@@ -226,8 +206,7 @@ def _fashion_mnist(root: str | None, split: str) -> tuple[PixelArray, np.ndarray
 
 
 def _downloaded() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "ssdd" / "FashionMNIST" / "raw"
+    return cache_folder() / "FashionMNIST" / "raw"
 
 
 def _idx_pair(folders: Sequence[Path], names: tuple[str, str]) -> tuple[Path, Path] | None:

@@ -15,18 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-import latent_cache.fetch
 from latent_cache import LatentDataset, StreamingLatents, open_webdataset
 from latent_cache.build import build
 from latent_cache.verify import verify
+from ssdd.engine import fetch
 from ssdd.engine.errors import UserError
+from ssdd.engine.fetch import RemoteFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent_cache.fetch, "PAUSE", 0.0)
+    monkeypatch.setattr(fetch, "PAUSE", 0.0)
 
 
 def batch_lists(batches, steps: int) -> list[tuple[list, list, list]]:
@@ -166,7 +167,7 @@ class Faults:
     """Spoils what is read of one file: by read number of it, from 0."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, spoil) -> None:
-        self.reads, original = 0, latent_cache.fetch.RemoteFolder.open
+        self.reads, original = 0, RemoteFolder.open
 
         def opened(remote, asked):
             file = original(remote, asked)
@@ -175,7 +176,7 @@ class Faults:
             self.reads += 1
             return spoil(file, self.reads - 1)
 
-        monkeypatch.setattr(latent_cache.fetch.RemoteFolder, "open", opened)
+        monkeypatch.setattr(RemoteFolder, "open", opened)
 
 
 def flipped_bit(file):
@@ -215,7 +216,7 @@ def test_a_full_disk_is_told(means, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     stream = StreamingLatents(str(means), cache_dir=tmp_path)
-    monkeypatch.setattr(latent_cache.fetch.RemoteFolder, "_download", full)
+    monkeypatch.setattr(RemoteFolder, "_download", full)
     with pytest.raises(UserError, match=r"no space left in .* for .*\.tar: make room, choose another cache_dir"):
         list(stream)
 
@@ -263,7 +264,7 @@ def test_a_web_server_is_read(means, tmp_path):
 
 def test_processes_that_share_a_folder_download_each_shard_once(means, tmp_path):
     program = (
-        "import sys; from latent_cache import StreamingLatents, fetch\n"
+        "import sys; from latent_cache import StreamingLatents; from ssdd.engine import fetch\n"
         "original = fetch.RemoteFolder._download\n"
         "def download(self, name, *rest): sys.stdout.write(name + chr(10)); original(self, name, *rest)\n"
         "fetch.RemoteFolder._download = download\n"
