@@ -14,9 +14,9 @@ from ssdd.engine.classifier import FEATURE_DIM, SmallClassifier
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file
 from ssdd.engine.pictures import from_uint8
-from ssdd.engine.weights import find, load_tensors
+from ssdd.engine.weights import TIMM_PREFIX, find, load_tensors
 
-CLASSIFIER_PREFIX, TIMM_PREFIX = "classifier:", "timm/"
+CLASSIFIER_PREFIX = "classifier:"
 LITE0 = "tf_efficientnet_lite0"
 LITE0_SMALLEST_SIDE = 64  # smaller images leave its last stages less than 2 x 2 positions
 # The networks of FD-DINOv2 (Stein et al. 2023) and FD-CLIP (Kynkaanniemi et al. 2022), under timm's names.

