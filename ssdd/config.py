@@ -9,10 +9,12 @@ from ssdd.distill import LATENTS
 from ssdd.engine.features import LITE0
 from ssdd.engine.precision import PRECISIONS
 from ssdd.engine.sources import DatasetConfig
+from ssdd.perceptual import PERCEPTUAL_METRICS
 from ssdd.repa import DINOV2_BASE
 from ssdd.tokenizer import KL
 
-DECIDING_METRICS = ("FID", "PSNR", "SSIM", "MSE", "MAE", "LPIPS", "lite0_distance")
+PIXEL_METRICS = ("PSNR", "PSNR_pooled", "SSIM", "MSE", "MAE")
+METRICS = ("FID", *PIXEL_METRICS, *PERCEPTUAL_METRICS)
 
 
 @dataclass
@@ -211,8 +213,9 @@ class TrainingConfig:
     """Autocast; auto is bf16 where the device computes in it natively, else float32. Weights stay float32."""
     eval_freq: int = 4
     """Epochs between evaluations; 0 evaluates never."""
-    save_on_best: str = field(default="FID", metadata={"choices": DECIDING_METRICS})
-    """Metric that decides what `best` is; PSNR instead where its network has no weights."""
+    save_on_best: str = field(default="FID", metadata={"choices": METRICS})
+    """Metric that decides what `best` is; PSNR instead where it was not measured, and of FID below ten images a feature
+    dimension (20480)."""
     save_every: int = 5_000
     """Steps between checkpoints; `last` is also written with every evaluation and at the end."""
     sample_every: int | None = None
@@ -233,6 +236,9 @@ class EvaluationConfig:
     """Step counts to evaluate; empty takes ssdd.fm_sampler.steps."""
     decoders: list[str] = field(default_factory=list)
     """Rows to evaluate side by side, each `name:checkpoint reference:steps`; empty takes ssdd.checkpoint."""
+    metrics: list[str] = field(default_factory=lambda: ["auto"], metadata={"choices": ("auto", *METRICS)})
+    """Metrics beside those of pixels, which cost little and are always there; auto: all whose weights are here. One
+    that is named must be here. FID names the network inception."""
     features: list[str] = field(default_factory=lambda: ["auto"])
     """Networks of the distances: inception, efficientnet_lite0, dinov2, clip, timm/MODEL, classifier:FILE; auto takes
     the first two where their weights are."""

@@ -1,15 +1,24 @@
-"""Perceptual distances: LPIPS (Zhang et al. 2018), and its form on networks that need no download."""
+"""Perceptual distances: LPIPS (Zhang et al. 2018), its form on networks that need no download, and DreamSim."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ssdd.engine.errors import UserError
 from ssdd.engine.features import LITE0, TimmStages
-from ssdd.engine.weights import find, load_tensors
+from ssdd.engine.pictures import to_uint8
+from ssdd.engine.weights import find, has, load_tensors
+
+PERCEPTUAL_METRICS = {"LPIPS": "alexnet", "lite0_distance": "efficientnet_lite0", "DreamSim": "dreamsim"}
+"""Metric of an evaluation -> weights that it needs."""
 
 EPS = 1e-8
 """Under the root of the feature norm, as in the published SSDD training (the package's 1e-10 gives infinite slopes)."""
@@ -19,11 +28,13 @@ class Lpips(nn.Module):
     """LPIPS with VGG-16 (`net="vgg"`, for training) or AlexNet (`net="alex"`, for evaluation) features.
 
     The package `lpips` brings the architecture and its linear heads; the ImageNet weights come from torchvision's
-    files. UserError when those are missing.
+    files. UserError when those are missing. With `padded`, images get zeros to the right and below up to a power of
+    two, as in the published evaluation, and 32 px at least, of which AlexNet leaves one position.
     """
 
-    def __init__(self, net: str = "vgg"):
+    def __init__(self, net: str = "vgg", padded: bool = False):
         super().__init__()
+        self.padded = padded
         backbone = load_tensors(find({"vgg": "vgg16", "alex": "alexnet"}[net]))
         from lpips import LPIPS
 
@@ -39,6 +50,9 @@ class Lpips(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Maps of five layers, normalised over channels; for several comparisons with the same images."""
+        if self.padded:
+            height, width = (max(1 << (side - 1).bit_length(), 32) - side for side in images.shape[2:])
+            images = F.pad(images, (0, width, 0, height))
         return [_unit_channels(x) for x in self.network.net(self.network.scaling_layer(images.float()))]
 
     def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -91,3 +105,71 @@ class FeatureDistance(nn.Module):
     def train(self, mode: bool = True) -> FeatureDistance:
         """Stays in evaluation mode whatever a surrounding module does."""
         return super().train(False)
+
+
+class DreamSim(nn.Module):
+    """DreamSim (Fu et al. 2023), the ensemble that is the package's default.
+
+    The package `dreamsim` brings architecture and distance; its weights come from the search path. UserError when
+    either is missing. Images become 224 px by Pillow's antialiased bicubic on 8-bit pixels, as the package has it.
+    """
+
+    SIDE = 224
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        super().__init__()
+        if importlib.util.find_spec("dreamsim") is None:
+            raise UserError("the metric DreamSim needs its package: pip install dreamsim")
+        folder, hub = find("dreamsim"), torch.hub.get_dir()
+        from dreamsim import dreamsim
+
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+            network, _ = dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
+        if torch.hub.get_dir() != hub:  # the package moves it to its own folder
+            torch.hub.set_dir(hub)
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, originals: Tensor) -> Tensor:
+        """Distances [B] of images [B, 3, H, W] in [-1, 1]."""
+        return self.distance(self.features(images), self.features(originals))
+
+    def features(self, images: Tensor) -> Tensor:
+        """The images as the package takes them: [B, 3, 224, 224] in [0, 1]."""
+        x = to_uint8(images).float()
+        for size in ((x.shape[2], self.SIDE), (self.SIDE, self.SIDE)):  # Pillow rounds and clips after each direction
+            if tuple(x.shape[2:]) != size:
+                x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
+                x = x.round().clamp(0, 255)
+        return x / 255
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distances [B] of two results of `features`."""
+        return self.network(a, b)
+
+    def train(self, mode: bool = True) -> DreamSim:
+        """Stays in evaluation mode whatever a surrounding module does."""
+        return super().train(False)
+
+
+def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, Lpips | FeatureDistance | DreamSim]:
+    """The perceptual metrics among `names`; "auto" stands for all whose weights (and package) are on this machine.
+
+    UserError for one that is named and missing.
+    """
+    chosen = [name for name in PERCEPTUAL_METRICS if name in names or ("auto" in names and _is_here(name))]
+    makers = {
+        "LPIPS": lambda: Lpips("alex", padded=True),
+        "lite0_distance": FeatureDistance,
+        "DreamSim": lambda: DreamSim(device),
+    }
+    return {name: makers[name]().to(device) for name in chosen}
+
+
+def automatic_without_weights(names: Sequence[str]) -> list[str]:
+    """Perceptual metrics that "auto" among `names` leaves out on this machine."""
+    return [name for name in PERCEPTUAL_METRICS if "auto" in names and name not in names and not _is_here(name)]
+
+
+def _is_here(metric: str) -> bool:
+    packaged = metric != "DreamSim" or importlib.util.find_spec("dreamsim") is not None
+    return packaged and has(PERCEPTUAL_METRICS[metric])

@@ -1,6 +1,8 @@
-"""How close images are to their originals, image by image: PSNR and SSIM on uint8 pixels."""
+"""How close images are to their originals, image by image: MSE, MAE, PSNR and SSIM on uint8 pixels."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -10,11 +12,27 @@ SSIM_WINDOW = 7
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 
 
+def mse(images: Tensor, originals: Tensor) -> Tensor:
+    """Mean squared error, float64 [n], of uint8 images [n, C, H, W] in units of [0, 1]."""
+    return _difference(images, originals).square().mean(dim=(1, 2, 3))
+
+
+def mae(images: Tensor, originals: Tensor) -> Tensor:
+    """Mean absolute error, float64 [n], of uint8 images [n, C, H, W] in units of [0, 1]."""
+    return _difference(images, originals).abs().mean(dim=(1, 2, 3))
+
+
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, float64 [n], of uint8 images [n, C, H, W]; infinite for equal images."""
-    _check(images, originals)
-    error = (images.double() - originals.double()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(255**2 / error)
+    return -10 * torch.log10(mse(images, originals))
+
+
+def pooled_psnr(mean_mse: float) -> float:
+    """PSNR in dB of a whole set from the mean of its images' MSEs: all pixels as one image.
+
+    Not above the mean of the images' PSNRs (Jensen). It is what torcheval computes and SSDD's authors report.
+    """
+    return -10 * math.log10(mean_mse) if mean_mse > 0 else math.inf
 
 
 def fine_power(images: Tensor) -> Tensor:
@@ -52,6 +70,11 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
 
 def _window_mean(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, SSIM_WINDOW, stride=1)
+
+
+def _difference(images: Tensor, originals: Tensor) -> Tensor:
+    _check(images, originals)
+    return (images.double() - originals.double()) / 255
 
 
 def _check(images: Tensor, originals: Tensor) -> None:

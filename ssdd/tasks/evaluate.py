@@ -17,26 +17,32 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ssdd import perceptual
 from ssdd.agreement import noise_agreement
 from ssdd.baselines import PixelPCA, slight_blur
 from ssdd.config import SSDDConfig
 from ssdd.decoders import Row, open_rows
 from ssdd.engine.errors import UserError
 from ssdd.engine.images import ImageDataset, eval_batches, open_source, read_split
-from ssdd.engine.metrics import fine_power, psnr, ssim
+from ssdd.engine.metrics import fine_power, mae, mse, pooled_psnr, psnr, ssim
 from ssdd.engine.noise import indexed_noise
 from ssdd.engine.pictures import from_uint8, grid, save_png, to_uint8
 from ssdd.engine.run import RunDirectory
-from ssdd.engine.scores import SetScores, automatic_without_weights, compare, load_networks, paired_differences
+from ssdd.engine.scores import (
+    IMAGES_A_DIMENSION,
+    SetScores,
+    automatic_without_weights,
+    compare,
+    load_networks,
+    paired_differences,
+)
 from ssdd.engine.training import open_accelerator, peak_memory, synchronize
-from ssdd.engine.weights import has
-from ssdd.perceptual import FeatureDistance, Lpips
 from ssdd.tasks.networks import encoder_option, foreign_encoder
 from ssdd.tokenizer import SSDD
 
 ORIGINALS, REALS = "originals", "reals"
 AGREEMENT_IMAGES = 32
-HIGHER_IS_BETTER = ("PSNR", "SSIM")
+HIGHER_IS_BETTER = ("PSNR", "PSNR_pooled", "SSIM")
 log = logging.getLogger(__name__)
 
 
@@ -48,14 +54,12 @@ class Evaluation:
         self.device = accelerator.device
         held_out = replace(cfg.dataset, limit=cfg.evaluation.limit or cfg.dataset.limit)
         self.dataset = ImageDataset(open_source(held_out, "val"), held_out, train=False)
-        self.networks = load_networks(cfg.evaluation.features, self.device)
-        self.perceptual: dict[str, Lpips | FeatureDistance] = {}
-        if has("alexnet"):
-            self.perceptual["LPIPS"] = Lpips("alex").to(self.device)
-        if has("efficientnet_lite0"):
-            self.perceptual["lite0_distance"] = FeatureDistance().to(self.device)
-        self.left_out = [f"features {name}" for name in automatic_without_weights(cfg.evaluation.features)]
-        self.left_out += [] if "LPIPS" in self.perceptual else ["LPIPS (alexnet)"]
+        features, metrics = list(cfg.evaluation.features), cfg.evaluation.metrics
+        self.networks = load_networks([*features, *["inception"] * ("FID" in metrics)], self.device)
+        self.perceptual = perceptual.load_metrics(metrics, self.device)
+        self.left_out = [f"features {name}" for name in automatic_without_weights(features)]
+        self.left_out += perceptual.automatic_without_weights(metrics)
+        self._fell_back = False
         if self.left_out and accelerator.is_main_process:
             log.warning("no weights on this machine, so left out: %s", ", ".join(self.left_out))
 
@@ -63,11 +67,12 @@ class Evaluation:
     def run(self, rows: Sequence[Row], baselines: bool = False, reals: bool = False) -> dict[str, Any]:
         """Reconstruct the validation images with every row and score them.
 
-        Returns {"count", "rows": [{name, steps, PSNR, SSIM, MSE, MAE, perceptual distances, power_ratio (of frequencies
-        above 1/4 cycle a pixel, to the originals'), images_per_s, distances:
-        {network: scores}}], "floor": {network: scores}, "paired": {network: KID differences}, "pictures": name ->
-        uint8 images}. Frechet distances are to the originals (rFID); with `reals`, KID, precision and recall are to as
-        many training images, and the floor has what the originals themselves score against those.
+        Returns {"count", "rows": [{name, steps, PSNR (mean of the images'), PSNR_pooled (of all their pixels), SSIM,
+        MSE (times 1000), MAE, perceptual distances, rFID where Inception is, power_ratio (of frequencies above 1/4
+        cycle a pixel, to the originals'), images_per_s, distances: {network: scores}}], "floor": {network: scores},
+        "paired": {network: KID differences}, "pictures": name -> uint8 images}. Frechet distances are to the originals
+        (rFID); with `reals`, KID, precision and recall are to as many training images, and the floor has what the
+        originals themselves score against those.
         """
         scores, values, seconds = SetScores(self.networks), defaultdict(dict), defaultdict(float)
         pictures: dict[str, Tensor] = {}
@@ -107,6 +112,7 @@ class Evaluation:
         means = self._merge(values)
         fine = {i: power for part in gather_object([fine]) for i, power in part.items()}
         for row in means.values():
+            row["PSNR_pooled"] = pooled_psnr(row["MSE"] / 1000)
             row["power_ratio"] = row.pop("fine_power") / max(sum(fine[i] for i in sorted(fine)) / len(fine), 1e-12)
         result = self._summarise(scores, means, rows, reals)
         for row in result["rows"]:
@@ -115,11 +121,21 @@ class Evaluation:
         return result | {"pictures": pictures}
 
     def deciding(self, scores: dict[str, Any], wanted: str) -> tuple[str, float]:
-        """(metric, value where more is better) that decides what `best` is: `wanted`, or PSNR where that is missing."""
-        if wanted == "FID" and "inception" in scores["distances"]:
-            return wanted, -scores["distances"]["inception"]["frechet"]
-        if wanted in scores:
-            return wanted, scores[wanted] if wanted in HIGHER_IS_BETTER else -scores[wanted]
+        """(metric, value where more is better) that decides what `best` is: `wanted`, or PSNR where that can't decide.
+
+        FID can't below ten images a feature dimension, where it is mostly bias. Says once that PSNR decides.
+        """
+        key = "rFID" if wanted == "FID" else wanted
+        needed = IMAGES_A_DIMENSION * max((n.dim for n in self.networks if n.name == "inception"), default=0)
+        if key not in scores:
+            reason = "it is not measured here"
+        elif wanted == "FID" and len(self.dataset) < needed:
+            reason = f"{len(self.dataset)} images are fewer than the {needed} from which a Frechet distance decides"
+        else:
+            return wanted, scores[key] if wanted in HIGHER_IS_BETTER else -scores[key]
+        if not self._fell_back and self.accelerator.is_main_process:
+            log.warning("training.save_on_best=%s: %s; PSNR decides what is best", wanted, reason)
+        self._fell_back = True
         return "PSNR", scores["PSNR"]
 
     def _batches(self, dataset: ImageDataset):
@@ -130,18 +146,17 @@ class Evaluation:
             yield x.to(self.device, memory_format=torch.channels_last), labels, indices
 
     def _image_metrics(
-        self, images: Tensor, originals: Tensor, features: dict[str, list[Tensor]], indices: Tensor
+        self, images: Tensor, originals: Tensor, features: dict[str, Any], indices: Tensor
     ) -> dict[int, dict[str, float]]:
         """Sample index -> metrics of that image, on 8-bit pixels; MSE and MAE in units of [0, 1] times 1000 and 1.
 
         features: those of the originals, for every perceptual distance.
         """
-        difference = (images.float() - originals.float()) / 255
         columns = {
             "PSNR": psnr(images, originals),
             "SSIM": ssim(images, originals),
-            "MSE": 1000 * difference.square().mean(dim=(1, 2, 3)),
-            "MAE": difference.abs().mean(dim=(1, 2, 3)),
+            "MSE": 1000 * mse(images, originals),
+            "MAE": mae(images, originals),
             "fine_power": fine_power(images),
         }
         for name, network in self.perceptual.items():
@@ -172,6 +187,8 @@ class Evaluation:
             compared, kernels = compare(sets, names, ORIGINALS, REALS if reals else None, resamples, seed)
             for row in table:
                 row["distances"][network] = compared[row["name"]]
+                if network == "inception":
+                    row["rFID"] = compared[row["name"]]["frechet"]
             if not reals:
                 continue
             frechet = compare(sets, [ORIGINALS], REALS, None, resamples, seed)[0][ORIGINALS]

@@ -117,6 +117,7 @@ def test_no_arguments_give_the_defaults_as_dataclass_instances():
         ("steps=[]", "steps", []),
         ("decoders=[teacher:run@last:8,student:/a/b.safetensors:1]", "decoders", None),
         ('metrics=["psnr",ssim]', "metrics", ["psnr", "ssim"]),
+        ("metrics=ssim", "metrics", ["ssim"]),  # one of a list's choices
         ("size=64", "size", 64),
         ("size=S", "size", "S"),
         ("weights={a: 1, b: 0.5}", "weights", {"a": 1.0, "b": 0.5}),

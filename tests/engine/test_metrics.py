@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssdd.engine.metrics import fine_power, psnr, ssim
+from ssdd.engine.metrics import fine_power, mae, mse, pooled_psnr, psnr, ssim
 
 
 def random_images(seed, n=2, size=(12, 15)):
@@ -38,6 +38,23 @@ def test_psnr_is_one_value_an_image_and_infinite_for_equal_ones():
     values = psnr(a, b)
     assert values.shape == (2,) and values.dtype == torch.float64
     assert values[0] < 15 and values[1] == float("inf")
+
+
+def test_errors_are_what_numpy_says_on_the_scale_of_one():
+    a, b = random_images(0), random_images(1)
+    difference = a.numpy() / 255 - b.numpy() / 255
+    assert mse(a, b).tolist() == pytest.approx((difference**2).mean(axis=(1, 2, 3)).tolist(), rel=1e-12)
+    assert mae(a, b).tolist() == pytest.approx(np.abs(difference).mean(axis=(1, 2, 3)).tolist(), rel=1e-12)
+    expected = -10 * np.log10((difference**2).mean(axis=(1, 2, 3)))
+    assert psnr(a, b).tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+def test_the_pooled_psnr_takes_all_pixels_as_one_image_and_is_finite_beside_a_perfect_one():
+    a, b = random_images(0), random_images(1)
+    b[1] = a[1]
+    pooled = pooled_psnr(mse(a, b).mean().item())
+    assert pooled == pytest.approx(-10 * np.log10(((a.numpy() / 255 - b.numpy() / 255) ** 2).mean()), rel=1e-12)
+    assert pooled < psnr(a, b).mean() == float("inf") == pooled_psnr(0.0)
 
 
 def test_ssim_is_what_its_definition_says():

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
+import math
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ssdd.decoders import Row
 from ssdd.engine.errors import UserError
-from ssdd.tasks.evaluate import run
+from ssdd.engine.features import FeatureNetwork
+from ssdd.tasks import evaluate as evaluation_task
+from ssdd.tasks.evaluate import Evaluation, run
 from ssdd.tasks.train import run as train
 
 
@@ -62,3 +73,78 @@ def test_the_time_grid_of_the_command_line_is_used_and_no_pictures_are_an_option
     assert not (tmp_path / "jobs" / "eval" / "pictures").exists()
     with pytest.raises(UserError, match="two or more"):
         run(trained(*command, "evaluation.noise_draws=1"))
+
+
+class Darkened:
+    """Stands for a tokenizer: subtracts 1/8 from every pixel of the first image of a batch, and 1/4 from others."""
+
+    def encode(self, x):
+        return SimpleNamespace(mode=lambda: x)
+
+    def decode(self, z, steps, noise):
+        return z - torch.tensor([0.25] + [0.5] * (len(z) - 1)).view(-1, 1, 1, 1)
+
+
+class FewNumbers(nn.Module):
+    def forward(self, images):
+        return images.float().mean(dim=(2, 3))[:, :2] / 255
+
+
+def few_inception_numbers(monkeypatch):
+    """A network of two numbers stands for Inception."""
+
+    def load(names, device):
+        return [FeatureNetwork(name, 2, "", FewNumbers()) for name in dict.fromkeys(names) if name == "inception"]
+
+    monkeypatch.setattr(evaluation_task, "load_networks", load)
+
+
+def test_figures_are_those_of_numpy(config, monkeypatch):
+    few_inception_numbers(monkeypatch)
+    evaluation = Evaluation(config("dataset.limit=5", "evaluation.metrics=[FID]"), Accelerator(cpu=True))
+    row = evaluation.run([Row("dark", Darkened(), 1)])["rows"][0]
+    originals = np.stack([evaluation.dataset[i][0].numpy() for i in range(5)]).astype(float)
+    subtracted = np.array([0.25] + [0.5] * 4).reshape(-1, 1, 1, 1) * 127.5
+    images = np.floor(np.clip(originals - subtracted, 0, 255) + 0.5)
+    mse = ((images - originals) ** 2).mean(axis=(1, 2, 3)) / 255**2
+    assert row["MSE"] == pytest.approx(1000 * mse.mean(), rel=1e-3)
+    assert row["MAE"] == pytest.approx(np.abs(images - originals).mean() / 255, rel=1e-3)
+    assert row["PSNR"] == pytest.approx((-10 * np.log10(mse)).mean(), rel=1e-3)
+    assert row["PSNR_pooled"] == pytest.approx(-10 * math.log10(mse.mean()), rel=1e-3)
+    assert row["PSNR_pooled"] < row["PSNR"] - 0.1
+    a, b = (x.mean(axis=(2, 3))[:, :2] / 255 for x in (images, originals))
+    # The digits are grey: both numbers are the same, the covariances of rank one with the square roots of the traces.
+    deviation = [np.sqrt(np.trace(np.cov(x.T))) for x in (a, b)]
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + (deviation[0] - deviation[1]) ** 2
+    assert row["rFID"] == row["distances"]["inception"]["frechet"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_few_images_are_not_judged_by_fid_and_that_is_said_once(config, monkeypatch, caplog):
+    few_inception_numbers(monkeypatch)
+    few, enough = (
+        Evaluation(config(f"dataset.limit={n}", "evaluation.metrics=[FID]"), Accelerator(cpu=True)) for n in (19, 20)
+    )
+    scores = {"PSNR": 20.0, "PSNR_pooled": 19.0, "rFID": 3.0, "MSE": 10.0}
+    caplog.set_level(logging.WARNING)
+    assert enough.deciding(scores, "FID") == ("FID", -3.0) and not caplog.records
+    assert few.deciding(scores, "FID") == few.deciding(scores, "FID") == ("PSNR", 20.0)
+    assert "19 images are fewer than the 20" in caplog.text and len(caplog.records) == 1
+    assert few.deciding(scores, "MSE") == ("MSE", -10.0)
+    assert few.deciding(scores, "PSNR_pooled") == ("PSNR_pooled", 19.0)
+    assert enough.deciding({"PSNR": 20.0}, "LPIPS") == ("PSNR", 20.0) and "not measured" in caplog.text
+
+
+def test_named_metrics_must_be_there_and_auto_says_what_is_missing(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSDD_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    command = ("task=eval", "run_name=eval", "ssdd.checkpoint=tokenizer")
+    for metric, message in (("FID", "weights-inception"), ("LPIPS", "alexnet-owt"), ("DreamSim", "dreamsim")):
+        with pytest.raises(UserError, match=message):
+            run(trained(*command, f"evaluation.metrics=[{metric}]"))
+    with pytest.raises(UserError, match="did you mean DreamSim"):
+        trained(*command, "evaluation.metrics=[Dreamsim]")
+    result = run(trained(*command, "evaluation.metrics=auto"))
+    assert result["left_out"] == ["LPIPS", "DreamSim"]
+    assert "lite0_distance" in result["rows"][0] and "LPIPS" not in result["rows"][0]
+    pixels = run(trained(*command, "evaluation.metrics=PSNR"))
+    assert pixels["left_out"] == [] and "lite0_distance" not in pixels["rows"][0]
