@@ -141,3 +141,11 @@ def test_auto_leaves_out_what_is_missing_and_a_name_is_an_error(alexnet, tmp_pat
     (tmp_path / "dreamsim_ensemble" / "ensemble_lora").rmdir()
     with pytest.raises(UserError, match="unzip -d dreamsim_ensemble"):
         load_metrics(["DreamSim"], "cpu")
+
+
+def test_lpips_is_float32_under_autocast(alexnet):
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    exact = Lpips("alex")(images, -images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Lpips("alex")(images, -images)
+    assert found.dtype == torch.float32 and torch.allclose(found, exact, rtol=0.05)
