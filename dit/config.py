@@ -94,7 +94,8 @@ class TrainingConfig:
     compile: bool = False
     """torch.compile the network."""
     fsdp: bool = False
-    """Shard parameters, averages and optimizer state over the processes (FSDP) instead of keeping all in each (DDP)."""
+    """Shard parameters, averages and optimizer state over the processes (FSDP) instead of keeping all in each (DDP);
+    needs training.compile=false."""
 
 
 @dataclass

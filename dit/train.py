@@ -275,6 +275,8 @@ def _rows_a_process(training: TrainingConfig, world: int) -> int:
     for key in ("steps", "save_every", "log_freq"):
         if getattr(training, key) < 1:
             raise UserError(f"training.{key}={getattr(training, key)} must be at least 1.")
+    if training.fsdp and training.compile:
+        raise UserError("training.fsdp=true does not go with compiled networks yet: set training.compile=false.")
     return rows_a_process("training.batch_size", training.batch_size, world, training.accumulate)
 
 

@@ -333,6 +333,8 @@ def _check(cfg: SSDDConfig, steps: int) -> None:
             raise UserError(f"{key}={value} must be at least 1")
     if training.grad_clip < 0:
         raise UserError(f"training.grad_clip={training.grad_clip} must not be negative; 0 switches clipping off")
+    if training.fsdp and cfg.ssdd.compile:
+        raise UserError("training.fsdp=true does not go with compiled networks yet: set ssdd.compile=false")
 
 
 def active_terms(cfg: SSDDConfig, terms: list[str], step: int) -> list[str]:
