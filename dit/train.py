@@ -184,7 +184,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # Accumulate gradients; processes exchange them in the last part only.
+            # Accumulate gradients; processes exchange them in the last part only, sharded ones in each.
             model.train()
             size, step_loss = rows // training.accumulate, 0.0
             for first in range(0, rows, size):

@@ -26,8 +26,8 @@ def open_accelerator(precision: str, deterministic: bool) -> Accelerator:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(
-                f"accelerate is configured for {name}, which these trainers do not leave to it: run `accelerate config` "
-                "again without it, or launch with torchrun, and set training.fsdp=true to shard parameters"
+                f"accelerate is configured for {name}, which these trainers do not leave to it: run `accelerate "
+                "config` again without it, or launch with torchrun, and set training.fsdp=true to shard parameters"
             )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssdd.config import SSDDConfig
-from ssdd.distill import DistillationObjective
 from ssdd.decoder import TransformerBlock
+from ssdd.distill import DistillationObjective
 from ssdd.encoder import ENCODER_NAME, EncoderAttention, EncoderBlock
 from ssdd.engine.checkpoint import resolve
 from ssdd.engine.errors import UserError

@@ -211,7 +211,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             active = active_terms(cfg, objective.terms, step)
             adversarial = "gan_disc" in active
 
-            # Accumulate gradients; processes exchange them in the last part only.
+            # Accumulate gradients; processes exchange them in the last part only, sharded ones in each.
             size = rows // training.grad_accumulate
             finite = torch.ones((), dtype=torch.bool, device=device)
             for part in (slice(first, first + size) for first in range(0, rows, size)):

@@ -145,7 +145,8 @@ def test_sharded_processes_train_as_data_parallel_ones_and_continue_on_any_numbe
     for row_whole, row_sharded in zip(metrics(whole), metrics(sharded), strict=True):
         assert row_sharded == pytest.approx(row_whole, rel=1e-5)
     for name in ("model", "model_ema", "optimizer", "aux"):
-        first, second = (load_file(folder(cfg) / "checkpoints/last" / f"{name}.safetensors") for cfg in (whole, sharded))
+        places = (folder(cfg) / "checkpoints/last" / f"{name}.safetensors" for cfg in (whole, sharded))
+        first, second = map(load_file, places)
         torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-3)
     for name, fsdp, launch in (("two", True, run_in_two_processes), ("one", False, run)):
         shutil.copytree(folder(sharded) / "checkpoints/step-000002", folder(sharded).parent / name / "checkpoints/last")

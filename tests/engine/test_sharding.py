@@ -1,4 +1,4 @@
-"""Two processes that share a network's parts compute what one whole network does, and files don't show who wrote them."""
+"""Two processes with a part of a network each compute what one with the whole does, and gather the same tensors."""
 
 from __future__ import annotations
 
