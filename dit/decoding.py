@@ -18,6 +18,7 @@ from torch import Tensor
 from dit import sample
 from dit.chunks import Chunks
 from dit.config import DiTConfig
+from dit.interop import load_dit
 from dit.measuring import Images, Measuring
 from ssdd.decoders import Row
 from ssdd.engine.checkpoint import resolve
@@ -71,26 +72,45 @@ class SampleSet:
             return LatentNorm.identity(row.tokenizer.z_dim, fingerprint)
         return LatentNorm.load(self.folder / "z_stats.json", fingerprint)
 
-    def check_size(self, row: Row, im_size: int) -> None:
-        """UserError unless the decoder makes images of that side from these latents."""
-        side = self.shape[-1] * row.tokenizer.f
-        if side != im_size or row.tokenizer.z_dim != self.shape[1]:
-            raise UserError(
-                f"decoder {row.name} makes images of {side} px from latents {self.shape[1:]}, the reference "
-                f"has dataset.im_size={im_size}: give the size that the latents were cached at"
-            )
-
 
 def open_samples(cfg: DiTConfig, rows: Sequence[Row]) -> SampleSet:
-    """The set `samples`, or the one that the generator draws now, or drew before, with the keys of `sampling`."""
+    """The set `samples`, or the one that the generator draws now, or drew before, with the keys of `sampling`.
+
+    UserError when a decoder does not fit the latents, before they are drawn.
+    """
     if cfg.samples is not None:
-        return SampleSet(Path(cfg.samples))
-    weights = resolve(cfg.sampling.checkpoint or cfg.run_name, cfg.ckpt_dir)
+        samples = SampleSet(Path(cfg.samples))
+        _check_sizes(rows, samples.shape[1:], cfg.dataset.im_size)
+        return samples
+    weights = _generator(cfg)
+    _check_sizes(rows, sample.latent_shape(load_dit(weights, cfg.sampling.family)), cfg.dataset.im_size)
     if told := sample.trained_on(weights).get("z_stats"):
         norm = replace(LatentNorm.of(told["mean"], told["std"]), fingerprint=told["fingerprint"])
-        for row in rows:  # before the hours of drawing
+        for row in rows:
             norm.check_encoder(row.tokenizer.encoder_fingerprint(), weights)
     return SampleSet(sample.run(replace(cfg, out=None)))
+
+
+def images_behind(cfg: DiTConfig) -> dict | None:
+    """What the cache that the generator was trained on says of its images; None for files that tell nothing."""
+    if cfg.samples is not None:
+        return read_json(Path(cfg.samples) / "sample_set.json").get("images")
+    return sample.trained_on(_generator(cfg)).get("images")
+
+
+def _generator(cfg: DiTConfig) -> Path:
+    return resolve(cfg.sampling.checkpoint or cfg.run_name, cfg.ckpt_dir)
+
+
+def _check_sizes(rows: Sequence[Row], shape: Sequence[int], im_size: int) -> None:
+    """UserError unless every decoder makes images of that side from latents of that shape [C, h, w]."""
+    for row in rows:
+        side = shape[-1] * row.tokenizer.f
+        if side != im_size or row.tokenizer.z_dim != shape[0]:
+            raise UserError(
+                f"decoder {row.name} makes images of {side} px from latents {tuple(shape)}, the reference "
+                f"has dataset.im_size={im_size}: give the size that the latents were cached at"
+            )
 
 
 class HeldOutLatents:

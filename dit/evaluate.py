@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dit.class_judge import ClassJudge
-from dit.config import DiTConfig
-from dit.decoding import SampleSet, decoded, open_samples, request_of
+from dit.config import DiTConfig, EvaluationConfig
+from dit.decoding import SampleSet, decoded, images_behind, open_samples, request_of
 from dit.gap import Gap
 from dit.measuring import Export, Images, ImageSetFolder, Measuring
 from dit.real_images import ForeignReference, RealImages, check_treatment, labels_of
@@ -57,10 +57,11 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             "task=evaluate needs evaluation.decoders=[name:reference:steps, ...]; samples=DIR is the sample set, "
             "without it the generator of run_name or sampling.checkpoint draws one"
         )
+    _check(options)
     accelerator = open_accelerator("no", deterministic=False)
     rows = open_rows(options.decoders, cfg.ckpt_dir, accelerator.device)
     networks = load_networks(options.features, accelerator.device)
-    if not networks:
+    if options.features and not networks:
         raise UserError("no feature network has its weights on this machine; name one in evaluation.features")
     out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
     cache = Path(options.cache) if options.cache else Path(cfg.ckpt_dir) / "cache" / "statistics"
@@ -70,11 +71,9 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         ForeignReference(cfg, of_real, cache) if options.reference else RealImages(cfg.dataset, "train", of_real, cache)
     )
 
+    mismatch = check_treatment(cfg, images_behind(cfg), reference)
     samples = open_samples(cfg, rows)
-    for row in rows:
-        samples.check_size(row, cfg.dataset.im_size)
     norms = {row.name: samples.norm(row) for row in rows}
-    mismatch = check_treatment(cfg, samples.description.get("images"), reference)
     held_out = None
     if options.held_out:  # the floor of a distance is that of as many real images
         as_many = replace(cfg.dataset, limit=min(len(samples), cfg.dataset.limit or len(samples)))
@@ -131,11 +130,11 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         "floor": {},
         "paired": {},
     }
+    for image_set in sets.values():
+        image_set.finish()
     _speed(result["rows"], sets, rows, samples)
     of_reference = reference.statistics()
     of_held_out = held_out.statistics() if held_out else {}
-    for image_set in sets.values():
-        image_set.finish()
     for network in networks:
         statistics = {name: image_set.statistics(network) for name, image_set in sets.items()}
         real = {REFERENCE: of_reference[network.name]}
@@ -158,6 +157,18 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     write_json(out / "task_result.json", result)
     print(f"{table(result)}\nwritten to {out / 'task_result.json'}", flush=True)
     return result
+
+
+def _check(options: EvaluationConfig) -> None:
+    """UserError for numbers that mean nothing, before anything is loaded."""
+    if min(options.kept_features, options.sweep_n, options.resamples) < 2 or options.batch_size < 1:
+        raise UserError(
+            "evaluation.kept_features, sweep_n and resamples must be at least 2, evaluation.batch_size at least 1"
+        )
+    if any(level < 0 for level in options.latent_noise):
+        raise UserError(f"evaluation.latent_noise={options.latent_noise}: standard deviations are not negative")
+    if options.latent_noise and not options.held_out:
+        raise UserError("evaluation.latent_noise reconstructs held-out images: it needs evaluation.held_out=true")
 
 
 def _export(cfg: DiTConfig, out: Path, row: Row, samples: SampleSet) -> Export | None:
@@ -205,7 +216,6 @@ def _speed(table_rows: list[dict], sets: dict[str, ImageSetFolder], rows: list[R
     steps = {row.name: row.steps for row in rows}
     drawing = samples.samples_per_s()
     for row in table_rows:
-        sets[row["name"]].finish()
         figures = sets[row["name"]].figures()
         row["steps"] = steps.get(row["name"])
         if figures["class_accuracy"] is not None:

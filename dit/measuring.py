@@ -84,7 +84,8 @@ class ImageSetFolder:
             | {
                 "count": count,
                 "batch_size": measuring.batch_size,
-                "networks": {network.name: network.checksum for network in measuring.networks},
+                "networks": [[network.name, network.checksum] for network in measuring.networks],
+                "kept_features": min(count, measuring.kept),
                 "device": measuring.accelerator.device.type,
                 "judged": judge is not None,
                 "shown": list(shown),

@@ -19,18 +19,18 @@ from dit.evaluate import run
 from dit.model import DiT
 from ssdd import SSDD, LatentNorm
 from ssdd.engine.checkpoint import save_tensors
+from ssdd.engine.classifier import SmallClassifier
 from ssdd.engine.config import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.noise import indexed_noise
 
 ROOT = Path(__file__).resolve().parents[2]
-LITE0 = "efficientnet_lite0"
 SPEEDS = ("images_per_s", "sampling_images_per_s", "decoder_share")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A random tokenizer, and a random generator of ten classes that says it was trained on its latents."""
+    """A random tokenizer, a random generator that says it was trained on its latents, and random features."""
     torch.manual_seed(0)
     tokenizer = SSDD({"name": "f8c2", "width": 8}, "XXS")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -41,6 +41,7 @@ def folder(tmp_path: Path) -> Path:
     }
     metadata = {**generator.metadata(), "trained_on": json.dumps(told)}
     save_tensors(tmp_path / "generator.safetensors", generator.state_dict(), metadata)
+    SmallClassifier(10).save(tmp_path / "classifier.safetensors")
     return tmp_path
 
 
@@ -55,7 +56,7 @@ def arguments(folder: Path, *more: str, out: str = "evaluation", run_name: str =
         "sampling.steps=1",
         "sampling.cfg_scale=1.0",
         f"evaluation.decoders=[one:{folder / 'tokenizer'}:1]",
-        f"evaluation.features=[{LITE0}]",
+        f"evaluation.features=[classifier:{folder / 'classifier.safetensors'}]",
         "evaluation.batch_size=8",
         "evaluation.resamples=20",
         "dataset.source=digits",
@@ -73,6 +74,12 @@ def figures(result: dict) -> dict:
     """A result without what depends on the clock, the memory, or the number of processes."""
     rows = [{key: value for key, value in row.items() if key not in SPEEDS} for row in result["rows"]]
     return {k: v for k, v in result.items() if k not in ("peak_memory_bytes", "machine")} | {"rows": rows}
+
+
+def only(of_networks: dict) -> dict:
+    """What is told of the one feature network."""
+    (value,) = of_networks.values()
+    return value
 
 
 def times(folder: Path, pattern: str) -> dict[Path, int]:
@@ -105,8 +112,8 @@ def test_a_result_says_where_its_figures_come_from(folder):
     assert (reference["source"], reference["crop"], reference["size"], reference["count"]) == (
         "digits", "adm", [16, 16], 40,
     )  # fmt: skip
-    assert result["networks"][LITE0]["checksum"] == result["features"][LITE0]
-    assert "bilinear" in result["networks"][LITE0]["resize"] and "round" in result["rounding"]
+    assert only(result["networks"])["checksum"] == only(result["features"])
+    assert only(result["networks"])["resize"] == "none" and "round" in result["rounding"]
     assert result["labels"].startswith("balanced") and "10 classes, 2 to 2" in result["labels"]
     assert any("fewer than 10 a dimension" in note for note in result["notes"])
     assert not list((folder / "evaluation" / "measured").rglob("chunks"))  # their features are not kept twice
@@ -131,7 +138,7 @@ def test_a_decoder_of_another_encoder_is_refused_before_latents_are_drawn(folder
 def test_fewer_kept_features_leave_the_frechet_distances_and_name_the_images_of_the_copy_rate(folder):
     every = evaluate(folder, "evaluation.gap=false")
     fewer = evaluate(folder, "evaluation.gap=false", "evaluation.kept_features=15", "sampling.n=20")
-    full, part = (result["rows"][0]["distances"][LITE0] for result in (every, fewer))
+    full, part = (only(result["rows"][0]["distances"]) for result in (every, fewer))
     assert part["frechet"] == pytest.approx(full["frechet"], rel=1e-9)
     assert (full["copy_rate_training_images"], part["copy_rate_training_images"]) == (40, 15)
     assert part["kid"] != full["kid"]
@@ -141,21 +148,21 @@ def test_somebody_elses_reference_takes_the_place_of_the_training_images(folder)
     pixels = np.random.RandomState(0).randint(0, 256, (12, 16, 16, 3), dtype=np.uint8)
     np.savez(folder / "reference.npz", arr_0=pixels)
     result = evaluate(folder, f"evaluation.reference={folder / 'reference.npz'}", "evaluation.held_out=false")
-    scores = result["rows"][0]["distances"][LITE0]
+    scores = only(result["rows"][0]["distances"])
     assert result["reference"]["count"] == 12 and {"kid", "precision"} <= set(scores)
     assert "copy_rate" not in scores and result["floor"] == {}
 
 
 def test_the_gap_is_the_distance_of_samples_minus_that_of_reconstructions_and_noise_begins_at_none(folder):
     result = evaluate(folder, "evaluation.latent_noise=[0.5,0.1]")
-    gap, lines = result["gap"][LITE0]["one"], result["latent_noise"][LITE0]["one"]
-    assert gap["gfid"] == result["rows"][0]["distances"][LITE0]["frechet"]
+    gap, lines = only(result["gap"])["one"], only(result["latent_noise"])["one"]
+    assert gap["gfid"] == only(result["rows"][0]["distances"])["frechet"]
     assert gap["gap"] == pytest.approx(gap["gfid"] - gap["rfid"])
     assert [line["noise"] for line in lines] == [0, 0.1, 0.5]
     assert lines[0]["frechet_to_originals"] == gap["rfid"] and lines[0]["frechet"] == gap["rfid_to_reference"]
     assert len({line["frechet_to_originals"] for line in lines}) == 3
     # The result of one level does not depend on which others were asked for.
-    alone = evaluate(folder, "evaluation.latent_noise=[0.5]", out="alone")["latent_noise"][LITE0]["one"]
+    alone = only(evaluate(folder, "evaluation.latent_noise=[0.5]", out="alone")["latent_noise"])["one"]
     assert alone == [lines[0], lines[2]]
 
 
@@ -186,7 +193,7 @@ def test_a_sweep_measures_every_setting_once_and_plots_them(folder):
     result = evaluate(folder, "evaluation.gap=false", *keys)
     lines = result["sweep"]
     assert [(line["cfg_scale"], line["steps"]) for line in lines] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert all(line["distances"]["one"][LITE0]["frechet"] > 0 for line in lines)
+    assert all(only(line["distances"]["one"])["frechet"] > 0 for line in lines)
     assert b"<svg" in (folder / "evaluation" / "sweep.svg").read_bytes()
     latents = times(folder / "evaluation" / "sweep", "latents.safetensors")
     again = evaluate(folder, "evaluation.gap=false", *keys)
@@ -222,7 +229,7 @@ def test_two_processes_give_the_figures_of_one(folder, n):
     command(*launch, *arguments(folder, *keys, out="two"))
     two = json.loads((folder / "two" / "task_result.json").read_text())
     for a, b in zip(figures(one)["rows"], figures(two)["rows"], strict=True):
-        assert a["distances"][LITE0] == pytest.approx(b["distances"][LITE0], rel=1e-9)
+        assert only(a["distances"]) == pytest.approx(only(b["distances"]), rel=1e-9)
     for key in ("floor", "gap", "latent_noise"):
         flat = [
             json.dumps(json.loads(json.dumps(result[key]), parse_float=lambda x: f"{float(x):.8g}"))
