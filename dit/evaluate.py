@@ -29,6 +29,7 @@ from ssdd.engine.fidelity import Statistics, copy_rate
 from ssdd.engine.files import sha256_json, write_json
 from ssdd.engine.images import read_split
 from ssdd.engine.pictures import grid, save_png
+from ssdd.engine.provenance import measured_by
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.scores import (
     IMAGES_A_DIMENSION,
@@ -115,17 +116,18 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     result: dict[str, Any] = {
         "task": "evaluate",
         "count": len(samples),
+        "measured": measured_by(device),
         "samples": samples.description,
         "labels": labels_of(samples.labels, samples.description),
         "reference": reference.describe(),
         "held_out": held_out.describe() if held_out else None,
         "rounding": ROUNDING,
-        "machine": {"device": str(device), "processes": accelerator.num_processes, "torch": torch.__version__},
         "decoders": {row.name: row.provenance() for row in rows},
         "features": {network.name: network.checksum for network in networks},
         "networks": {network.name: network.provenance() for network in networks},
         "left_out": [f"features {name}" for name in automatic_without_weights(options.features)],
         "notes": [mismatch] if mismatch else [],
+        "shown": [{"label": int(samples.labels[line[0]]), "indices": line} for line in shown],
         "rows": [{"name": name, "distances": {}} for name in sets],
         "floor": {},
         "paired": {},

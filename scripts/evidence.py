@@ -248,11 +248,9 @@ def changed(cfg: EvidenceConfig) -> str:
 def machine(cfg: EvidenceConfig) -> str:
     """Hardware and date."""
     import datetime
-    import platform
 
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor()
-    return f"{cfg.jobs} cores of {processor}, torch {torch.__version__}, float32, {datetime.date.today()}"
+    from ssdd.engine.provenance import processor
+
+    return f"{cfg.jobs} cores of {processor()}, torch {torch.__version__}, float32, {datetime.date.today()}"

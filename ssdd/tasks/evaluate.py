@@ -22,11 +22,14 @@ from ssdd.agreement import noise_agreement
 from ssdd.baselines import PixelPCA, slight_blur
 from ssdd.config import SSDDConfig
 from ssdd.decoders import Row, open_rows
+from ssdd.engine.checkpoint import resolve
 from ssdd.engine.errors import UserError
+from ssdd.engine.files import sha256_file
 from ssdd.engine.images import ImageDataset, eval_batches, open_source, read_split
 from ssdd.engine.metrics import fine_power, mae, mse, pooled_psnr, psnr, ssim
 from ssdd.engine.noise import indexed_noise
 from ssdd.engine.pictures import from_uint8, grid, save_png, to_uint8
+from ssdd.engine.provenance import measured_by
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.scores import (
     IMAGES_A_DIMENSION,
@@ -217,7 +220,8 @@ def _rows_of_checkpoint(cfg: SSDDConfig, device: torch.device) -> list[Row]:
         log.warning("%s was trained for one step; ssdd.fm_sampler.steps=1 evaluates that", cfg.ssdd.checkpoint)
     tokenizer.config["fm_sampler"]["t_pow_shift"] = cfg.ssdd.fm_sampler.t_pow_shift
     tokenizer.to(device).eval().requires_grad_(False)
-    return [Row(f"steps-{n}", tokenizer, n) for n in counts]
+    checksum = sha256_file(resolve(cfg.ssdd.checkpoint, cfg.ckpt_dir))
+    return [Row(f"steps-{n}", tokenizer, n, cfg.ssdd.checkpoint, checksum) for n in counts]
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
@@ -259,6 +263,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             "data": evaluation.dataset.source.fingerprint(),
             "crop": cfg.dataset.crop,
             "peak_memory_bytes": peak_memory(accelerator.device),
+            "measured": measured_by(accelerator.device),
+            "decoders": {row.name: row.provenance() for row in rows},
             **result,
         }
         directory.write_result(result)

@@ -1,0 +1,205 @@
+"""Tables of a report: every figure of the evaluations' results, with its floor, its interval and what it was against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .report_results import Evaluation, short
+
+FLOOR = "held-out images"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """detail: an interval or a comparison, in small print."""
+
+    text: str
+    detail: str = ""
+
+
+NOTHING = Cell("–")
+
+
+@dataclass(frozen=True)
+class Column:
+    """better: an arrow; optimised: whether its network was a training loss of a decoder in the table."""
+
+    label: str
+    better: str = ""
+    optimised: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: (kind, cells), the first cell is the row's name; kind is decoder, baseline or floor."""
+
+    caption: str
+    columns: list[Column]
+    rows: list[tuple[str, list[Cell]]]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column, present when a row has a value. cell: (row, its scores on the network) -> cell, or None."""
+
+    label: str
+    better: str
+    cell: Callable[[dict, dict], Cell | None]
+    network: str | None = None
+
+
+def number(key: str, digits: int) -> Callable[[dict, dict], Cell | None]:
+    """A cell of a row's own value, or else of its scores'."""
+
+    def cell(row: dict, scores: dict) -> Cell | None:
+        value = row.get(key, scores.get(key))
+        return None if value is None else Cell(f"{value:.{digits}f}")
+
+    return cell
+
+
+def kid(row: dict, scores: dict) -> Cell | None:
+    if scores.get("kid") is None:
+        return None
+    return Cell(f"{scores['kid']:.4f}", f"[{scores['kid_low']:.4f}, {scores['kid_high']:.4f}]")
+
+
+def distance_name(network: str) -> str:
+    """A Frechet distance is called FID on Inception's features only."""
+    return "FID" if network == "inception" else "FD"
+
+
+def quality_table(evaluation: Evaluation, network: str) -> Table:
+    """All decoders and baselines on the features of one network, the held-out images themselves below them."""
+    result, letter = evaluation.result, "g" if evaluation.generates else "r"
+    floor = result["floor"].get(network, {})
+    name = distance_name(network)
+
+    def ratio(row: dict, scores: dict) -> Cell | None:
+        if not floor.get("frechet") or scores is floor or "frechet" not in scores:
+            return None
+        return Cell(f"{scores['frechet'] / floor['frechet']:.2f}")
+
+    distances = [
+        Metric(f"{letter}KID [95 %]", "↓", kid, network),
+        Metric(f"{letter}{name}", "↓", number("frechet", 3), network),
+        Metric(f"{letter}{name} ÷ floor", "↓", ratio, network),
+        Metric(f"s{name}", "↓", number("spatial_frechet", 3), network),
+        Metric("IS", "↑", number("inception_score", 2), network),
+        Metric("precision", "↑", number("precision", 3), network),
+        Metric("recall", "↑", number("recall", 3), network),
+        Metric("copy rate", "", number("copy_rate", 3), network),
+    ]
+    pixels = [
+        Metric("PSNR", "↑", number("PSNR", 2)),
+        Metric("SSIM", "↑", number("SSIM", 4)),
+        Metric("LPIPS", "↓", number("LPIPS", 4), "alexnet"),
+        Metric("DreamSim", "↓", number("DreamSim", 4), "dreamsim"),
+        Metric("Lite0 distance", "↓", number("lite0_distance", 4), "efficientnet_lite0"),
+        Metric("fine power", "→ 1", number("power_ratio", 3)),
+        Metric("noise R²", "", number("noise_r2", 3)),
+    ]
+    costs = [
+        Metric("class acc.", "↑", number("class_accuracy", 3)),
+        Metric("decode images/s", "↑", number("images_per_s", 1)),
+        Metric("total images/s", "↑", number("sampling_images_per_s", 1)),
+        Metric("decoder's share", "↓", number("decoder_share", 3)),
+    ]
+    lines = [("decoder" if row.get("steps") is not None else "baseline", row, row["distances"][network]) for row in result["rows"]]
+    if floor:
+        copies = lines[0][2].get("copy_rate_held_out")
+        held_out = {"class_accuracy": result.get("class_accuracy_held_out"), "copy_rate": copies}
+        lines.append(("floor", {"name": FLOOR} | held_out, floor))
+    metrics = [*distances, *costs] if evaluation.generates else [*pixels, *distances, *costs]
+    found = {metric: [metric.cell(row, scores) for _, row, scores in lines] for metric in metrics}
+    shown = [metric for metric, cells in found.items() if any(cells)]
+    optimised = {metric.label: evaluation.optimised(metric.network) for metric in shown if metric.network}
+    columns = [Column("decoder")]
+    columns += [Column(metric.label, metric.better, bool(optimised.get(metric.label))) for metric in shown]
+    rows = [
+        (kind, [Cell(row["name"]), *(found[metric][i] or NOTHING for metric in shown)])
+        for i, (kind, row, _) in enumerate(lines)
+    ]
+    return Table(_caption(evaluation, network), columns, rows, _optimised_notes(evaluation, optimised))
+
+
+def _caption(evaluation: Evaluation, network: str) -> str:
+    result, name = evaluation.result, distance_name(network)
+    count = result["count"]
+    if evaluation.generates:
+        reference = result.get("reference", {}).get("source", "the reference")
+        caption = f"{count} generated images against {reference}'s images, features {short(network)}."
+    else:
+        caption = f"Reconstructions of {count} held-out images, features {short(network)}."
+        caption += f" r{name} is to the originals; KID, precision and recall are to as many training images."
+    if floor := result["floor"].get(network):
+        what = "to training images" if not evaluation.generates else "to the reference"
+        caption += f" Last row, the floor: {floor.get('count', count)} real held-out images {what}."
+    return caption
+
+
+def _optimised_notes(evaluation: Evaluation, optimised: dict[str, list[str]]) -> list[str]:
+    decoders = sorted({name for names in optimised.values() for name in names}, key=evaluation.decoders.index)
+    notes = []
+    if decoders:
+        notes.append(
+            f"optimised: the column's network was a training loss of {', '.join(decoders)}; it is no judge of "
+            f"{'it' if len(decoders) == 1 else 'them'}."
+        )
+    if unknown := [name for name, used in evaluation.loss_networks().items() if used is None]:
+        notes.append(f"The training losses of {', '.join(unknown)} are not known here, so no column could be marked.")
+    return notes
+
+
+def paired_table(evaluation: Evaluation, network: str) -> Table | None:
+    """KID differences of decoders on the same latents; None where KID was not measured or there is one decoder."""
+    paired = evaluation.result["paired"].get(network, {})
+    rows = []
+    for a, b in ((a, b) for i, a in enumerate(evaluation.decoders) for b in evaluation.decoders[i + 1 :]):
+        if difference := paired.get(f"{a} - {b}"):
+            interval = Cell(f"{difference['kid']:+.4f}", f"[{difference['low']:+.4f}, {difference['high']:+.4f}]")
+            rows.append(("decoder", [Cell(f"{a} − {b}"), interval, Cell(verdict(a, b, difference))]))
+    if not rows:
+        return None
+    caption = f"KID differences, features {short(network)}: decoders of the same latents, images resampled together."
+    optimised = bool(evaluation.optimised(network))
+    columns = [Column("decoders"), Column("difference [95 %]", "", optimised), Column("closer to real images")]
+    return Table(caption, columns, rows)
+
+
+def verdict(a: str, b: str, difference: dict[str, float]) -> str:
+    """The decoder with the lower KID, if its interval says so."""
+    if difference["low"] <= 0 <= difference["high"]:
+        return "undecided"
+    return a if difference["high"] < 0 else b
+
+
+def gap_table(evaluation: Evaluation, network: str) -> Table | None:
+    """The generation gap; None where it was not measured."""
+    gaps = evaluation.result.get("gap", {}).get(network)
+    if not gaps:
+        return None
+    name = distance_name(network)
+    labels = {
+        "gfid": f"g{name}", "rfid": f"r{name}", "gap": "gap", "rfid_to_reference": f"r{name} to reference",
+        "gap_to_reference": "gap to reference",
+    }  # fmt: skip
+    optimised = bool(evaluation.optimised(network))
+    columns = [Column("decoder"), *(Column(label, "↓", optimised) for label in (*labels.values(), "KID gap"))]
+    rows = [
+        ("decoder", [Cell(decoder), *(_cell(gap, key, 3) for key in labels), _cell(gap, "kid_gap", 4)])
+        for decoder, gap in gaps.items()
+    ]
+    caption = (
+        f"Generation gap, features {short(network)}: g{name} of generated images minus r{name} of reconstructed "
+        f"held-out images. As r{name} is to the originals and has another bias, the gap is also given with the "
+        "reconstructions held against the reference of the generated images, and in KID, which has no bias."
+    )
+    return Table(caption, columns, rows)
+
+
+def _cell(values: dict[str, Any], key: str, digits: int) -> Cell:
+    return NOTHING if values.get(key) is None else Cell(f"{values[key]:.{digits}f}")
