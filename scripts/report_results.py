@@ -61,7 +61,9 @@ def open_evaluation(folder: Path) -> Evaluation:
     """Read a folder. UserError when it holds no result of an evaluation."""
     path = folder / "task_result.json"
     if not path.is_file():
-        raise UserError(f"{path} is missing: reports are made of finished evaluations (ssdd task=eval, dit task=evaluate)")
+        raise UserError(
+            f"{path} is missing: reports are made of finished evaluations (ssdd task=eval, dit task=evaluate)"
+        )
     result = read_json(path)
     if not isinstance(result, dict) or result.get("task") not in TASKS:
         raise UserError(f"{path} is no evaluation's: its task is not {' or '.join(TASKS)}")
@@ -147,7 +149,8 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
     facts["decoders"] = [decoder_line(evaluation, name) for name in evaluation.decoders]
     details = result.get("networks", {})
     facts["feature networks"] = [
-        f"{network}, sha256 {checksum}" + "".join(f", {k} {details[network][k]}" for k in ("dim", "resize") if network in details)
+        f"{network}, sha256 {checksum}"
+        + "".join(f", {k} {details[network][k]}" for k in ("dim", "resize") if network in details)
         for network, checksum in result["features"].items()
     ]
     facts["loss networks"] = [

@@ -1,4 +1,4 @@
-"""Tables of a report: every figure of the evaluations' results, with its floor, its interval and what it was against."""
+"""Tables of a report: every figure of an evaluation with its floor, its interval and what it was against."""
 
 from __future__ import annotations
 
@@ -108,7 +108,10 @@ def quality_table(evaluation: Evaluation, network: str) -> Table:
         Metric("total images/s", "↑", number("sampling_images_per_s", 1)),
         Metric("decoder's share", "↓", number("decoder_share", 3)),
     ]
-    lines = [("decoder" if row.get("steps") is not None else "baseline", row, row["distances"][network]) for row in result["rows"]]
+    lines = [
+        ("decoder" if row.get("steps") is not None else "baseline", row, row["distances"][network])
+        for row in result["rows"]
+    ]
     if floor:
         copies = lines[0][2].get("copy_rate_held_out")
         held_out = {"class_accuracy": result.get("class_accuracy_held_out"), "copy_rate": copies}
@@ -161,7 +164,7 @@ def paired_table(evaluation: Evaluation, network: str) -> Table | None:
     for a, b in ((a, b) for i, a in enumerate(evaluation.decoders) for b in evaluation.decoders[i + 1 :]):
         if difference := paired.get(f"{a} - {b}"):
             interval = Cell(f"{difference['kid']:+.4f}", f"[{difference['low']:+.4f}, {difference['high']:+.4f}]")
-            rows.append(("decoder", [Cell(f"{a} − {b}"), interval, Cell(verdict(a, b, difference))]))
+            rows.append(("decoder", [Cell(f"{a} − {b}"), interval, Cell(verdict(a, b, difference) or "undecided")]))
     if not rows:
         return None
     caption = f"KID differences, features {short(network)}: decoders of the same latents, images resampled together."
@@ -170,10 +173,10 @@ def paired_table(evaluation: Evaluation, network: str) -> Table | None:
     return Table(caption, columns, rows)
 
 
-def verdict(a: str, b: str, difference: dict[str, float]) -> str:
-    """The decoder with the lower KID, if its interval says so."""
+def verdict(a: str, b: str, difference: dict[str, float]) -> str | None:
+    """The decoder with the lower KID, or None when the interval has both signs."""
     if difference["low"] <= 0 <= difference["high"]:
-        return "undecided"
+        return None
     return a if difference["high"] < 0 else b
 
 
@@ -203,3 +206,57 @@ def gap_table(evaluation: Evaluation, network: str) -> Table | None:
 
 def _cell(values: dict[str, Any], key: str, digits: int) -> Cell:
     return NOTHING if values.get(key) is None else Cell(f"{values[key]:.{digits}f}")
+
+
+def summary(reconstruction: Evaluation, generation: Evaluation, hidden: set[str]) -> str:
+    """Both evaluations of a pipeline in one table a network, as text. hidden: rows that only the curves need."""
+    r, g = reconstruction.result, generation.result
+    reconstructed, generated = ({row["name"]: row for row in result["rows"]} for result in (r, g))
+    counts = f"{r['count']} reconstructed and {g['count']} generated images"
+    if "class_accuracy_held_out" in g:
+        counts += f"; class accuracy on real held-out images {g['class_accuracy_held_out']:.3f}"
+    parts = []
+    for network in reconstruction.networks:
+        fd, floors = distance_name(network), [result["floor"][network] for result in (r, g)]
+        header = [
+            "decoder", "PSNR", "SSIM", "rKID", f"r{fd} (floor)", "gKID", f"g{fd} (floor)", "precision", "recall",
+            "class acc.", "images/s",
+        ]  # fmt: skip
+        rows = []
+        for name in dict.fromkeys([*reconstructed, *generated]):
+            if name in hidden:
+                continue
+            sides = [side.get(name, {}) for side in (reconstructed, generated)]
+            own, drawn = ((side, side["distances"][network] if side else {}) for side in sides)
+            cells = [number("PSNR", 2)(*own), number("SSIM", 4)(*own), kid(*own), _with_floor(own[1], floors[0])]
+            cells += [kid(*drawn), _with_floor(drawn[1], floors[1]), number("precision", 3)(*drawn)]
+            cells += [number("recall", 3)(*drawn), number("class_accuracy", 3)(*drawn)]
+            cells += [number("images_per_s", 1)(*drawn)]
+            rows.append([name, *(f"{cell.text} {cell.detail}".strip() if cell else "-" for cell in cells)])
+        caption = (
+            f"Features: {short(network)}. r: reconstructions of {r['count']} held-out images; g: {g['count']} "
+            "generated images. KID with its 95 % bootstrap interval, against training images; the held-out images "
+            f"themselves score {floors[0]['kid']:.4f} (r) and {floors[1]['kid']:.4f} (g). {fd}: Frechet distance of "
+            f"these features, r{fd} to the originals, g{fd} to the training images; in brackets that of {r['count']} "
+            f"(r) and {floors[1]['count']} (g) held-out images to training images."
+        )
+        if decoders := reconstruction.optimised(network):
+            caption += f" Optimised: a training loss of {', '.join(decoders)}, which makes it no judge of them."
+        parts.append(_aligned(caption, header, rows))
+    return "\n\n".join([*parts, counts])
+
+
+def _with_floor(scores: dict, floor: dict) -> Cell | None:
+    return Cell(f"{scores['frechet']:.3f} ({floor['frechet']:.3f})") if scores else None
+
+
+def _aligned(caption: str, header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    aligned = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([caption, aligned[0], "-" * len(aligned[0]), *aligned[1:]])
