@@ -11,5 +11,5 @@ setup(
         "ssdd_pipeline",
     ],
     package_dir={"ssdd._configs": "configs", "ssdd_pipeline": "scripts"},
-    package_data={"ssdd._configs": ["**/*.yaml"]},
+    package_data={"ssdd._configs": ["**/*.yaml"], "ssdd_pipeline": ["report_page.*"]},
 )

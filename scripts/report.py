@@ -47,14 +47,23 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What one feature network says: tables, and beside the curves that of paired differences."""
+
+    network: str
+    tables: list[Table]
+    paired: Table | None
+    plots: list[plots.Plot]
+
+
+@dataclass(frozen=True)
 class Section:
     """One evaluation on the page; id: where its figures' provenance is linked to."""
 
     id: str
     title: str
     findings: list[str]
-    tables: list[Table]
-    plots: list[plots.Plot]
+    judged: list[Judged]
     gallery: Gallery | None
     generates: bool
     provenance: list[tuple[str, list[str]]]
@@ -109,19 +118,21 @@ def write_report(cfg: PipelineConfig, stages: Sequence[Stage]) -> str:
 
 def section(evaluation: Evaluation, number: int, pair: Sequence[str] = ()) -> Section:
     """Everything of an evaluation. pair: the decoders whose pictures are set against each other; default: all."""
-    tables: list[Table | None] = []
-    shown: list[plots.Plot] = []
-    for network in evaluation.networks:
-        tables += [make(evaluation, network) for make in (quality_table, paired_table, gap_table)]
-        for make in (plots.quality_plots, plots.noise_plot, plots.sweep_plots):
-            shown += make(evaluation, network, f"{number}-{evaluation.networks.index(network)}")
+    judged = []
+    for i, network in enumerate(evaluation.networks):
+        tables = [quality_table(evaluation, network), gap_table(evaluation, network)]
+        makers = (plots.quality_plots, plots.noise_plot, plots.sweep_plots)
+        curves = [plot for make in makers for plot in make(evaluation, network, f"plot-{number}-{i}")]
+        found = [table for table in tables if table is not None]
+        judged.append(Judged(short(network), found, paired_table(evaluation, network), curves))
     pair = [name for name in pair if name in evaluation.decoders] or evaluation.decoders
     return Section(
         id=f"evaluation-{number}",
-        title=f"{evaluation.title}: {evaluation.name}",
+        title=evaluation.title
+        if evaluation.title.lower() == evaluation.name
+        else f"{evaluation.title}: {evaluation.name}",
         findings=findings(evaluation, pair),
-        tables=[table for table in tables if table is not None],
-        plots=shown,
+        judged=judged,
         gallery=generation_gallery(evaluation, pair) if evaluation.generates else reconstruction_gallery(evaluation),
         generates=evaluation.generates,
         provenance=provenance(evaluation),

@@ -131,7 +131,7 @@ def _gallery(cards: Sequence[tuple[str, dict[str, np.ndarray], str]]) -> Gallery
             lines.append(_strip(name, images))
             if name in of_card:
                 mean = np.abs(of_card[name]).mean()
-                label = f"{name} − {first}, mean |difference| {mean:.1f}"
+                label = f"{name} − {first}, mean |difference| {mean:.1f} levels"
                 lines.append(_strip(label, coloured(of_card[name], limit)))
         done.append(Card(title, lines))
     side = next(iter(cards[0][1].values())).shape[1]

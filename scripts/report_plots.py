@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from .report_results import Evaluation, short
+from .report_results import Evaluation, family, short
 from .report_tables import FLOOR, distance_name
 
 MARKERS = "osD^vP"
@@ -64,7 +65,7 @@ def draw(
             colour = SERIES[curve.place % len(SERIES)]
             style = {"color": colour, "marker": curve.marker, "linestyle": curve.line, "label": curve.label}
             if None in (*lows, *highs):
-                axes.plot(xs, values, markersize=6 if len(xs) < 20 else 0, **style)
+                axes.plot(xs, values, markersize=6 if len(xs) <= 8 else 0, **style)
                 continue
             below = [max(0.0, value - low) for value, low in zip(values, lows, strict=True)]
             above = [max(0.0, high - value) for value, high in zip(values, highs, strict=True)]
@@ -73,17 +74,25 @@ def draw(
             axes.axhline(floor, color=MUTED, linestyle=":", label=FLOOR)
         ticks = scales.pop("ticks", None)
         axes.set(xlabel=x, ylabel=y, **scales)
-        for axis, scale in ((axes.xaxis, scales.get("xscale")), (axes.yaxis, scales.get("yscale"))):
-            if scale == "log":
-                axis.set_major_formatter("{x:g}")
-                axis.set_minor_formatter("{x:g}" if axis is axes.xaxis and ticks is None else "")
+        if scales.get("yscale") == "log":
+            axes.yaxis.set_major_formatter("{x:g}")
+        if scales.get("xscale") == "log":
+            ticks = ticks or round_numbers(*axes.get_xlim())
         if ticks is not None:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.minorticks_off()
+            axes.xaxis.minorticks_off()
         axes.legend()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Plot(caption, inline(buffer.getvalue(), name, caption))
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10 ... of [low, high], or its ends where there are fewer than two."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    found = [number for number in found if low <= number <= high]
+    return found if len(found) > 1 else [float(f"{low:.2g}"), float(f"{high:.2g}")]
 
 
 def inline(svg: str, name: str, label: str) -> Markup:
@@ -99,11 +108,6 @@ def inline(svg: str, name: str, label: str) -> Markup:
         svg = svg.replace(colour, f"var(--series-{place})")
     svg = svg.replace(TEXT, "currentColor").replace(MUTED, "var(--muted)")
     return Markup(svg.replace("<svg", f'<svg class="plot" role="img" aria-label="{escape(label)}"', 1))
-
-
-def family(decoder: str) -> str:
-    """teacher-8 and teacher-1 are one checkpoint at several step counts, and one curve."""
-    return re.sub(r"-\d+$", "", decoder)
 
 
 def quality_plots(evaluation: Evaluation, network: str, name: str) -> list[Plot]:
@@ -186,7 +190,14 @@ def loss_plot(losses: Mapping[str, Sequence[tuple[int, float]]]) -> Plot:
         for place, (run, points) in enumerate(losses.items())
         if points
     ]
-    return draw("losses", "Training losses.", curves, "step", "velocity or distillation MSE", yscale="log")
+    return draw(
+        "losses",
+        "Training losses, as in each run's metrics.jsonl.",
+        curves,
+        "step",
+        "velocity or distillation MSE",
+        yscale="log",
+    )
 
 
 def _values(scores: Mapping[str, float], key: str) -> tuple[float, float | None, float | None]:

@@ -3,6 +3,7 @@ trained on."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,11 @@ def canonical(network: str) -> str:
 def short(network: str) -> str:
     """A network's name for a heading: a classifier without its file."""
     return network.split(":")[0]
+
+
+def family(decoder: str) -> str:
+    """teacher-8 and teacher-1 are one checkpoint at several step counts, and one curve."""
+    return re.sub(r"-\d+$", "", decoder)
 
 
 def provenance(evaluation: Evaluation) -> list[tuple[str, list[str]]]:

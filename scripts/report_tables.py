@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .report_results import Evaluation, short
+from .report_results import Evaluation, family, short
 
 FLOOR = "held-out images"
 
@@ -109,8 +109,8 @@ def quality_table(evaluation: Evaluation, network: str) -> Table:
         Metric("decoder's share", "↓", number("decoder_share", 3)),
     ]
     lines = [
-        ("decoder" if row.get("steps") is not None else "baseline", row, row["distances"][network])
-        for row in result["rows"]
+        ("decoder" if row["name"] in evaluation.decoders else "baseline", row, row["distances"][network])
+        for row in _in_order(result["rows"])
     ]
     if floor:
         copies = lines[0][2].get("copy_rate_held_out")
@@ -129,12 +129,18 @@ def quality_table(evaluation: Evaluation, network: str) -> Table:
     return Table(_caption(evaluation, network), columns, rows, _optimised_notes(evaluation, optimised))
 
 
+def _in_order(rows: list[dict]) -> list[dict]:
+    """Rows of one checkpoint next to each other, by their steps."""
+    families = [family(row["name"]) for row in rows]
+    return sorted(rows, key=lambda row: (families.index(family(row["name"])), row.get("steps") or 0))
+
+
 def _caption(evaluation: Evaluation, network: str) -> str:
     result, name = evaluation.result, distance_name(network)
     count = result["count"]
     if evaluation.generates:
-        reference = result.get("reference", {}).get("source", "the reference")
-        caption = f"{count} generated images against {reference}'s images, features {short(network)}."
+        source = result["reference"]["source"]
+        caption = f"{count} generated images against the reference ({source}), features {short(network)}."
     else:
         caption = f"Reconstructions of {count} held-out images, features {short(network)}."
         caption += f" r{name} is to the originals; KID, precision and recall are to as many training images."
