@@ -130,7 +130,7 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
         "machine": measured.get("machine") or NOT_RECORDED,
         "result file": f"{evaluation.folder / 'task_result.json'}, sha256 "
         f"{sha256_file(evaluation.folder / 'task_result.json')}",
-        "images": f"{result['count']} {'generated' if evaluation.generates else 'reconstructed held-out images'}",
+        "images": f"{result['count']} {'generated images' if evaluation.generates else 'reconstructed held-out images'}",
     }
     if "data" in result:
         source = config.get("dataset", {})
