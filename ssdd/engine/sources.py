@@ -59,8 +59,8 @@ class DatasetConfig:
     crop: str = field(default="resize", metadata={"choices": ("resize", "adm")})
     """Test-time crop: resize (bilinear short side, centre crop; the paper's) or adm (box halving, bicubic; gFID's)."""
     workers: int | None = None
-    """Processes that decode images; 0: the training process itself; null: one a core, up to 8, for files and shards, and
-    0 for sources in memory. The batches are the same for any number."""
+    """Processes that decode images; 0: the training process itself; null: one a core, up to 8, for files and shards,
+    else 0. The batches are the same for any number."""
     on_corrupt: str = field(default="error", metadata={"choices": ("error", "skip")})
     """An unreadable image file: stop with its path (error), or leave it out and count it (skip)."""
 
