@@ -50,7 +50,7 @@ class RealImages:
         kept = True if count <= self.measuring.kept else drawn_indices(count, self.measuring.kept)
         collected = [Collected(network, kept) for network in missing]
         rank, world = accelerator.process_index, accelerator.num_processes
-        for x, _, indices in eval_batches(self.dataset, BATCH, rank, world, self.dataset.cfg.workers):
+        for x, _, indices in eval_batches(self.dataset, BATCH, rank, world, self.dataset.cfg.reading_processes):
             pixels = to_uint8(x).to(accelerator.device)
             for network, of_network in zip(missing, collected, strict=True):
                 of_network.update(network.outputs(pixels), indices)

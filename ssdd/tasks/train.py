@@ -183,7 +183,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
 
     z_shape = (network.z_dim, cfg.dataset.im_size // network.f, cfg.dataset.im_size // network.f)
     time_args = cfg.ssdd.fm_trainer.t_sampler_args
-    batches = train_batches(dataset, batch_size, cfg.seed, start, rank, world, cfg.dataset.workers)
+    batches = train_batches(dataset, batch_size, cfg.seed, start, rank, world, cfg.dataset.reading_processes)
     began = time.perf_counter() - state["seconds"]
     throughput = Throughput(device, accelerator.mixed_precision, batch_size, flop, world, start)
     progress = ProgressLog(
