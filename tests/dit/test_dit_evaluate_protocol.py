@@ -82,6 +82,14 @@ def only(of_networks: dict) -> dict:
     return value
 
 
+def numbers(values: object) -> list[float]:
+    """All numbers of a nested result, in order."""
+    if isinstance(values, dict | list):
+        inner = values.values() if isinstance(values, dict) else values
+        return [number for value in inner for number in numbers(value)]
+    return [values] if isinstance(values, int | float) else []
+
+
 def times(folder: Path, pattern: str) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
 
@@ -228,12 +236,12 @@ def test_two_processes_give_the_figures_of_one(folder, n):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "dit" / "main.py"))
     command(*launch, *arguments(folder, *keys, out="two"))
     two = json.loads((folder / "two" / "task_result.json").read_text())
-    for a, b in zip(figures(one)["rows"], figures(two)["rows"], strict=True):
-        assert only(a["distances"]) == pytest.approx(only(b["distances"]), rel=1e-9)
-    for key in ("floor", "gap", "latent_noise"):
-        flat = [
-            json.dumps(json.loads(json.dumps(result[key]), parse_float=lambda x: f"{float(x):.8g}"))
-            for result in (one, two)
-        ]
-        assert flat[0] == flat[1]
+    measured = [folder / name / "measured" / "samples" / "one" for name in ("alone", "two")]
+    assert measured[0].joinpath("statistics-0.safetensors").read_bytes() == (
+        measured[1].joinpath("statistics-0.safetensors").read_bytes()
+    )
+    # Real images go through the network in other batches, which rounds otherwise.
+    for key in ("rows", "floor", "gap", "latent_noise"):
+        alone, both = (numbers(figures(result)[key]) for result in (one, two))
+        assert len(alone) > 3 and alone == pytest.approx(both, rel=1e-6, abs=1e-8)
     assert len(list((folder / "two" / "export" / "one").iterdir())) == n
