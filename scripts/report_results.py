@@ -123,6 +123,7 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
     result, config = evaluation.result, evaluation.config
     measured = result.get("measured", {})
     reference, samples = result.get("reference", {}), result.get("samples", {})
+    what = "generated images" if evaluation.generates else "reconstructed held-out images"
     facts: dict[str, Any] = {
         "command": measured.get("command") or NOT_RECORDED,
         "commit": measured.get("commit") or NOT_RECORDED,
@@ -130,7 +131,7 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
         "machine": measured.get("machine") or NOT_RECORDED,
         "result file": f"{evaluation.folder / 'task_result.json'}, sha256 "
         f"{sha256_file(evaluation.folder / 'task_result.json')}",
-        "images": f"{result['count']} {'generated images' if evaluation.generates else 'reconstructed held-out images'}",
+        "images": f"{result['count']} {what}",
     }
     if "data" in result:
         source = config.get("dataset", {})

@@ -202,7 +202,7 @@ def test_differences_are_signed_white_at_zero_and_taken_sample_by_sample(tmp_pat
 
 
 def test_large_pictures_are_reduced_so_that_a_page_stays_below_three_megabytes(evaluations, tmp_path):
-    y, x = np.mgrid[:256, :256]
+    y, x = np.mgrid[:128, :128]
     waves = [np.sin(x / (5 + i)) + np.cos(y / (3 + i)) for i in range(160)]
     images = torch.from_numpy(np.stack(waves) * 60 + 128).to(torch.uint8)[:, None]
     folder = evaluations[1]
