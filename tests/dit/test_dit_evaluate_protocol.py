@@ -71,9 +71,9 @@ def evaluate(folder: Path, *more: str, **where: str) -> dict:
 
 
 def figures(result: dict) -> dict:
-    """A result without what depends on the clock, the memory, or the number of processes."""
+    """A result without what depends on the clock, the memory, the command, or the number of processes."""
     rows = [{key: value for key, value in row.items() if key not in SPEEDS} for row in result["rows"]]
-    return {k: v for k, v in result.items() if k not in ("peak_memory_bytes", "machine")} | {"rows": rows}
+    return {k: v for k, v in result.items() if k not in ("peak_memory_bytes", "measured")} | {"rows": rows}
 
 
 def only(of_networks: dict) -> dict:
