@@ -48,11 +48,10 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class Judged:
-    """What one feature network says: tables, and beside the curves that of paired differences."""
+    """What one feature network says."""
 
     network: str
     tables: list[Table]
-    paired: Table | None
     plots: list[plots.Plot]
 
 
@@ -120,11 +119,11 @@ def section(evaluation: Evaluation, number: int, pair: Sequence[str] = ()) -> Se
     """Everything of an evaluation. pair: the decoders whose pictures are set against each other; default: all."""
     judged = []
     for i, network in enumerate(evaluation.networks):
-        tables = [quality_table(evaluation, network), gap_table(evaluation, network)]
+        tables = [make(evaluation, network) for make in (quality_table, gap_table, paired_table)]
         makers = (plots.quality_plots, plots.noise_plot, plots.sweep_plots)
         curves = [plot for make in makers for plot in make(evaluation, network, f"plot-{number}-{i}")]
         found = [table for table in tables if table is not None]
-        judged.append(Judged(short(network), found, paired_table(evaluation, network), curves))
+        judged.append(Judged(short(network), found, curves))
     pair = [name for name in pair if name in evaluation.decoders] or evaluation.decoders
     return Section(
         id=f"evaluation-{number}",

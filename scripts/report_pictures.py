@@ -81,7 +81,7 @@ def reconstruction_gallery(evaluation: Evaluation) -> Gallery | None:
     columns = (width + GAP) // (height + GAP)
     originals = read_grid(path, 1, columns)
     cards = []
-    for row in evaluation.result["rows"]:
+    for row in evaluation.rows:
         images = read_grid(picture(evaluation, row["name"]), 1, columns)
         if originals is not None and images is not None and images.shape == originals.shape:
             cards.append((row["name"], {ORIGINALS: originals[0], row["name"]: images[0]}, ORIGINALS))
@@ -131,7 +131,7 @@ def _gallery(cards: Sequence[tuple[str, dict[str, np.ndarray], str]]) -> Gallery
             lines.append(_strip(name, images))
             if name in of_card:
                 mean = np.abs(of_card[name]).mean()
-                label = f"{name} − {first}, mean |difference| {mean:.1f} levels"
+                label = f"{name} − {first}: {mean:.1f} levels on average"
                 lines.append(_strip(label, coloured(of_card[name], limit)))
         done.append(Card(title, lines))
     side = next(iter(cards[0][1].values())).shape[1]

@@ -81,7 +81,7 @@ def draw(
         if ticks is not None:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.xaxis.minorticks_off()
-        axes.legend()
+        figure.legend(loc="outside upper left", ncols=3)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Plot(caption, inline(buffer.getvalue(), name, caption))

@@ -45,6 +45,12 @@ class Evaluation:
         """Rows that decode latents; the others are trivial baselines."""
         return [row["name"] for row in self.result["rows"] if row.get("steps") is not None]
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of one checkpoint next to each other, by their steps."""
+        families = [family(row["name"]) for row in self.result["rows"]]
+        return sorted(self.result["rows"], key=lambda row: (families.index(family(row["name"])), row.get("steps") or 0))
+
     def checkpoint(self, decoder: str) -> str | None:
         """Reference of its checkpoint, where the result tells."""
         return self.result.get("decoders", {}).get(decoder, {}).get("reference")

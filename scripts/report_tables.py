@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .report_results import Evaluation, family, short
+from .report_results import Evaluation, short
 
 FLOOR = "held-out images"
 
@@ -33,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: (kind, cells), the first cell is the row's name; kind is decoder, baseline or floor."""
+    """rows: (kind, cells), the first cell is the row's name; kind is decoder, baseline, floor or pair."""
 
     caption: str
     columns: list[Column]
@@ -110,7 +110,7 @@ def quality_table(evaluation: Evaluation, network: str) -> Table:
     ]
     lines = [
         ("decoder" if row["name"] in evaluation.decoders else "baseline", row, row["distances"][network])
-        for row in _in_order(result["rows"])
+        for row in evaluation.rows
     ]
     if floor:
         copies = lines[0][2].get("copy_rate_held_out")
@@ -127,12 +127,6 @@ def quality_table(evaluation: Evaluation, network: str) -> Table:
         for i, (kind, row, _) in enumerate(lines)
     ]
     return Table(_caption(evaluation, network), columns, rows, _optimised_notes(evaluation, optimised))
-
-
-def _in_order(rows: list[dict]) -> list[dict]:
-    """Rows of one checkpoint next to each other, by their steps."""
-    families = [family(row["name"]) for row in rows]
-    return sorted(rows, key=lambda row: (families.index(family(row["name"])), row.get("steps") or 0))
 
 
 def _caption(evaluation: Evaluation, network: str) -> str:
@@ -170,7 +164,7 @@ def paired_table(evaluation: Evaluation, network: str) -> Table | None:
     for a, b in ((a, b) for i, a in enumerate(evaluation.decoders) for b in evaluation.decoders[i + 1 :]):
         if difference := paired.get(f"{a} - {b}"):
             interval = Cell(f"{difference['kid']:+.4f}", f"[{difference['low']:+.4f}, {difference['high']:+.4f}]")
-            rows.append(("decoder", [Cell(f"{a} − {b}"), interval, Cell(verdict(a, b, difference) or "undecided")]))
+            rows.append(("pair", [Cell(f"{a} − {b}"), interval, Cell(verdict(a, b, difference) or "undecided")]))
     if not rows:
         return None
     caption = f"KID differences, features {short(network)}: decoders of the same latents, images resampled together."
