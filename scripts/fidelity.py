@@ -1,8 +1,8 @@
 """Compare sets of images: `python scripts/fidelity.py SAMPLES [MORE ...] REFERENCE features=inception`.
 
-A set is a folder of image files, an npz with uint8 `arr_0`, ADM's reference npz, or a file of statistics; the last one
-is the reference. Its statistics are measured once and kept. Everything that moves a figure is in the result:
-networks, weights, resize, crop, counts of files by format and size.
+A set is a folder of image files or of WebDataset shards, an npz with uint8 `arr_0`, ADM's reference npz, or a file of
+statistics; the last one is the reference. Its statistics are measured once and kept. Everything that moves a figure is
+in the result: networks, weights, resize, crop, counts of files by format and size.
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ class ImageFiles:
     def where(self, index: int) -> str:
         return str(self.folder / self.names[index])
 
+    def stored(self, index: int) -> tuple[str, int, int]:
+        return stored_as(self.folder / self.names[index], self.where(index))
+
     def subset(self, indices: np.ndarray) -> ImageFiles:
         return ImageFiles(self.folder, [self.names[i] for i in indices])
 
@@ -47,6 +50,15 @@ def decode_rgb(file: Path | BinaryIO, where: str) -> Image.Image:
             f"can't read the image {where}: {type(problem).__name__}: {problem}. "
             "Replace or remove the file, or set dataset.on_corrupt=skip to leave such images out"
         ) from problem
+
+
+def stored_as(file: Path | BinaryIO, where: str) -> tuple[str, int, int]:
+    """(format and mode, width, height) that the picture's header tells; errors as of `decode_rgb`."""
+    try:
+        with Image.open(file) as image:
+            return f"{image.format} {image.mode}", *image.size
+    except Exception as problem:  # a damaged file makes the decoders raise almost anything
+        raise UserError(f"can't read the image {where}: {type(problem).__name__}: {problem}. Remove it") from problem
 
 
 def add_files(digest: hashlib._Hash, names: Sequence[str], sizes: Sequence[int], content: Callable[[int], bytes]):

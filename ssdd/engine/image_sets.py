@@ -1,4 +1,4 @@
-"""Anyone's sets of images, as they lie on a disk: folders of image files of any sizes, and ADM's npz of samples.
+"""Anyone's sets of images, as they lie on a disk: image files of any sizes, WebDataset shards, ADM's npz of samples.
 
 Images come as stored 8-bit RGB pixels. A set says how they were treated: counts of files by format and size, and the
 named crop. Sets that were treated differently are not comparable (facts 3.4), and `check_comparable` refuses them.
@@ -23,6 +23,7 @@ from torch import Tensor
 from ssdd.engine.errors import UserError
 from ssdd.engine.image_files import IMAGE_SUFFIXES, ImageFiles
 from ssdd.engine.images import adm_crop, centre_crop, resize_short_side
+from ssdd.engine.shards import ShardedImages, index_tar, pictures_of
 
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"
 CROPS = {
@@ -121,7 +122,8 @@ class ImageSet:
 
 
 def open_set(path: str | Path, im_size: int | None = None, crop: str = "adm") -> ImageSet:
-    """Open an image folder (searched recursively, in the order of paths) or an npz with uint8 NHWC `arr_0`.
+    """Open an image folder (searched recursively, in the order of paths), WebDataset shards (a .tar, or a folder that
+    has them and no image files), or an npz with uint8 NHWC `arr_0`.
 
     im_size: side of the square that `crop` (adm or resize) cuts; None takes images as they are.
     UserError when there is no image, or the file is of another kind.
@@ -130,50 +132,58 @@ def open_set(path: str | Path, im_size: int | None = None, crop: str = "adm") ->
     if im_size is not None and im_size < 1:
         raise UserError(f"im_size={im_size}: expected a positive number of pixels, or null")
     if path.is_dir():
-        return _Folder(path, im_size, crop)
+        return _Pictures(path, _pictures_below(path), im_size, crop)
+    if path.suffix.lower() == ".tar" and path.is_file():
+        return _Pictures(path, _in_shards([path]), im_size, crop)
     if path.suffix == ".npz" and path.is_file():
         return _Npz(path, im_size, crop)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    raise UserError(f"{path}: expected a folder of images or an .npz file with {NPZ_IMAGES}")
+    raise UserError(f"{path}: expected a folder of images, .tar shards of them, or an .npz file with {NPZ_IMAGES}")
 
 
-class _Folder(ImageSet):
-    def __init__(self, path: Path, im_size: int | None, crop: str) -> None:
-        names = sorted(
-            os.path.relpath(os.path.join(folder, name), path)
-            for folder, _, files in os.walk(path, followlinks=True)
-            for name in files
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+def _pictures_below(path: Path) -> ImageFiles | ShardedImages:
+    """The image files of a folder, or the pictures of its shards where it has no image file."""
+    names = sorted(
+        os.path.relpath(os.path.join(folder, name), path)
+        for folder, _, files in os.walk(path, followlinks=True)
+        for name in files
+        if name.lower().endswith((*IMAGE_SUFFIXES, ".tar")) and not name.startswith(".")
+    )
+    if files := [name for name in names if not name.lower().endswith(".tar")]:
+        return ImageFiles(path, files)
+    if not names:
+        raise UserError(
+            f"no images in {path}: expected files {', '.join(IMAGE_SUFFIXES)} or .tar, also in folders below it"
         )
-        if not names:
-            raise UserError(
-                f"no images in {path}: expected files {', '.join(IMAGE_SUFFIXES)}, also in folders below it"
-            )
-        self._files = ImageFiles(path, names)
+    return _in_shards([path / name for name in names])
+
+
+def _in_shards(tars: list[Path]) -> ShardedImages:
+    return pictures_of([(tar, index_tar(tar, labelled=False)) for tar in tars])[0]
+
+
+class _Pictures(ImageSet):
+    """Encoded pictures, one at a time."""
+
+    def __init__(self, path: Path, pictures: ImageFiles | ShardedImages, im_size: int | None, crop: str) -> None:
+        self._pictures = pictures
         self._im_size, self._crop = im_size, crop
         stored, shapes = Counter(), set()
-        for index in range(len(names)):
-            kind, width, height = self._header(index)
+        for index in range(len(pictures.names)):
+            kind, width, height = pictures.stored(index)
             stored[f"{kind} {width}x{height}"] += 1
             shapes.add((height, width))
-        super().__init__(path, _treatment(shapes, im_size, crop), dict(stored.most_common()), len(names))
+        super().__init__(path, _treatment(shapes, im_size, crop), dict(stored.most_common()), len(pictures.names))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        self._files.add_to(digest)
+        self._pictures.add_to(digest)
         return digest.hexdigest()
-
-    def _header(self, index: int) -> tuple[str, int, int]:
-        try:
-            with Image.open(self._files.where(index)) as image:
-                return f"{image.format} {image.mode}", *image.size
-        except Exception as problem:  # a damaged file makes the decoders raise almost anything
-            raise UserError(f"can't read the image {self._files.where(index)}: {problem}. Remove it") from problem
 
     def _images(self, indices: range) -> Iterator[tuple[int, np.ndarray]]:
         for index in indices:
-            yield index, _cropped(self._files.read(index), self._im_size, self._crop)
+            yield index, _cropped(self._pictures.read(index), self._im_size, self._crop)
 
 
 class _Npz(ImageSet):

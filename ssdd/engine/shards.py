@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,7 @@ from PIL import Image
 from ssdd.engine.errors import UserError, full_disk
 from ssdd.engine.fetch import BLOCK, MissingFile, RemoteFolder, cache_folder, locked
 from ssdd.engine.files import read_json, write_atomic
-from ssdd.engine.image_files import add_files, decode_rgb
+from ssdd.engine.image_files import add_files, decode_rgb, stored_as
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 PICKLE_EXTENSIONS = ("pyd", "pkl", "pickle", "pt", "pth")
@@ -50,6 +50,9 @@ class ShardedImages:
 
     def where(self, index: int) -> str:
         return f"{self.tars[self.places[index, 0]]}:{self.names[index]}"
+
+    def stored(self, index: int) -> tuple[str, int, int]:
+        return stored_as(io.BytesIO(self._bytes(index)), self.where(index))
 
     def subset(self, indices: np.ndarray) -> ShardedImages:
         return ShardedImages(self.tars, self.places[indices], [self.names[i] for i in indices])
@@ -87,16 +90,20 @@ def open_shards(root: str, split: str, cache_dir: str | None = None) -> tuple[Sh
     except OSError as error:
         problem = "no space left" if full_disk(error) else str(error)
         raise UserError(f"can't index or copy shards into {place}: {problem}. Set dataset.cache_dir=FOLDER") from None
-    tars = [path for path, _ in shards]
-    entries = [(number, *entry) for number, (_, found) in enumerate(shards) for entry in found]
-    places = np.array([(number, offset, size) for number, _, offset, size, _ in entries], dtype=np.int64)
-    labels = np.array([label for *_, label in entries], dtype=np.int64)
-    pictures = ShardedImages(tars, places, [name for _, name, *_ in entries])
+    pictures, labels = pictures_of(shards)
     class_names = _class_names(folder) or [str(label) for label in range(labels.max() + 1)]
     if labels.max() >= len(class_names):
         worst = pictures.where(int(labels.argmax()))
         raise UserError(f"{worst} has label {labels.max()}, but {folder.where('classes.txt')} names {len(class_names)}")
     return pictures, labels, class_names
+
+
+def pictures_of(shards: Sequence[tuple[Path, list[Entry]]]) -> tuple[ShardedImages, np.ndarray]:
+    """Pictures of local tars, gone through by `index_tar`, in order; and their labels, int64 [n]."""
+    entries = [(number, *entry) for number, (_, found) in enumerate(shards) for entry in found]
+    places = np.array([(number, offset, size) for number, _, offset, size, _ in entries], dtype=np.int64)
+    labels = np.array([label for *_, label in entries], dtype=np.int64)
+    return ShardedImages([path for path, _ in shards], places, [name for _, name, *_ in entries]), labels
 
 
 def _find(root: str, split: str) -> tuple[RemoteFolder, list[str]]:
@@ -156,11 +163,12 @@ def _open_shard(folder: RemoteFolder, name: str, place: Path) -> tuple[Path, lis
     return path, known["entries"]
 
 
-def index_tar(path: Path, where: str = "") -> list[Entry]:
-    """The labelled pictures of a tar in their order. UserError, with `where` it is, when it is malformed or not whole.
+def index_tar(path: Path, where: str = "", labelled: bool = True) -> list[Entry]:
+    """The pictures of a tar in their order. UserError, with `where` it is, when it is malformed or not whole.
 
     Members are named as WebDataset does: the key ends at the first dot of the file name. Members that are neither
     picture nor label are left alone, but for pickles: no shard with one is read.
+    labelled: whether every picture must have a label; otherwise a missing one is -1.
     """
     where = where or str(path)
     pictures: dict[str, tuple[str, int, int]] = {}
@@ -184,7 +192,8 @@ def index_tar(path: Path, where: str = "") -> list[Entry]:
     for key in labels:
         if key not in pictures:
             raise UserError(f"sample {key} of {where} has no picture: expected {key}.{'|'.join(IMAGE_EXTENSIONS)}")
-    return [(*picture, _label(labels.get(key, {}), f"sample {key} of {where}")) for key, picture in pictures.items()]
+    samples = [(picture, labels.get(key, {}), f"sample {key} of {where}") for key, picture in pictures.items()]
+    return [(*picture, _label(found, sample) if found or labelled else -1) for picture, found, sample in samples]
 
 
 def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:

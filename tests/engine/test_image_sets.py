@@ -1,3 +1,5 @@
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,25 @@ def test_an_npz_has_the_same_pixels_and_treatment_as_the_files(tmp_path, write):
     assert images.treatment == Treatment("none", (8, 8))
     assert images.describe()["labels"] == "2 classes, random or unbalanced"
     assert set(read(images, rank=1, world=2)) == {1, 3}
+
+
+def test_shards_have_the_same_pixels_and_treatment_as_the_files_with_or_without_labels(tmp_path, mixed):
+    (tmp_path / "shards").mkdir()
+    files = ["a.PNG", "b.png", "deep/c.jpg", "deep/d.png"]
+    for i, members in enumerate((files[:3], files[3:])):
+        with tarfile.open(tmp_path / "shards" / f"{i}.tar", "w") as tar:
+            for name in members:
+                tar.add(mixed / name, arcname=name)
+    shards, folder = (open_set(tmp_path / name, im_size=6) for name in ("shards", "mixed"))
+    a, b = (read(images) for images in (shards, folder))
+    assert len(a) == 4 and all(np.array_equal(a[i], b[i]) for i in range(4))
+    assert shards.treatment == folder.treatment and shards.describe()["stored"] == folder.describe()["stored"]
+    assert shards.fingerprint() == folder.fingerprint()
+    assert len(open_set(tmp_path / "shards" / "1.tar")) == 1
+    with tarfile.open(tmp_path / "shards" / "0.tar", "a") as tar:
+        tar.add(mixed / "b.png", arcname="b.pkl")
+    with pytest.raises(UserError, match="can run code"):
+        open_set(tmp_path / "shards")
 
 
 def test_a_fingerprint_follows_content_not_place(tmp_path):
