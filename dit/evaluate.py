@@ -17,7 +17,7 @@ from torch import Tensor
 from dit.class_judge import ClassJudge
 from dit.config import DiTConfig, EvaluationConfig
 from dit.decoding import SampleSet, decoded, images_behind, open_samples, request_of
-from dit.gap import Gap
+from dit.gap import KERNEL, Gap
 from dit.measuring import Export, Images, ImageSetFolder, Measuring
 from dit.real_images import ForeignReference, RealImages, check_treatment, labels_of
 from dit.sweep import Sweep
@@ -245,10 +245,15 @@ def _compare(
     if kernels:
         result["paired"][network] = paired_differences(kernels, names)
     floor = compared.get(HELD_OUT)
+    to_held_out: dict[str, dict[str, float]] = {}
     if floor:
         result["floor"][network] = {**floor, "count": real[HELD_OUT].count}
+        # A generator that copies its training images is closer to them than to others.
+        to_held_out = compare(sets | real, names, HELD_OUT, HELD_OUT, resamples, seed)[0]
     for row in result["rows"]:
         scores = row["distances"][network] = compared[row["name"]]
+        own = to_held_out.get(row["name"], {})
+        scores |= {f"{key}_to_held_out": own[key] for key in ("frechet", *KERNEL) if key in own}
         if floor:
             scores["frechet_ratio"] = scores["frechet"] / floor["frechet"] if floor["frechet"] > 0 else None
         if floor and has_training:

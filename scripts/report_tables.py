@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from .report_results import Evaluation, short
@@ -61,10 +62,11 @@ def number(key: str, digits: int) -> Callable[[dict, dict], Cell | None]:
     return cell
 
 
-def kid(row: dict, scores: dict) -> Cell | None:
-    if scores.get("kid") is None:
+def kid(row: dict, scores: dict, to: str = "") -> Cell | None:
+    """KID and its interval. to: the end of the keys of another reference than the table's."""
+    if scores.get(f"kid{to}") is None:
         return None
-    return Cell(f"{scores['kid']:.4f}", f"[{scores['kid_low']:.4f}, {scores['kid_high']:.4f}]")
+    return Cell(f"{scores[f'kid{to}']:.4f}", f"[{scores[f'kid_low{to}']:.4f}, {scores[f'kid_high{to}']:.4f}]")
 
 
 def distance_name(network: str) -> str:
@@ -85,6 +87,7 @@ def quality_table(evaluation: Evaluation, network: str) -> Table:
 
     distances = [
         Metric(f"{letter}KID [95 %]", "↓", kid, network),
+        Metric(f"{letter}KID to held-out [95 %]", "↓", partial(kid, to="_to_held_out"), network),
         Metric(f"{letter}{name}", "↓", number("frechet", 3), network),
         Metric(f"{letter}{name} ÷ floor", "↓", ratio, network),
         Metric(f"s{name}", "↓", number("spatial_frechet", 3), network),

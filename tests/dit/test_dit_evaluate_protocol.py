@@ -22,7 +22,10 @@ from ssdd.engine.checkpoint import save_tensors
 from ssdd.engine.classifier import SmallClassifier
 from ssdd.engine.config import parse
 from ssdd.engine.errors import UserError
+from ssdd.engine.fidelity import frechet_distance
+from ssdd.engine.kid import kernel_distance
 from ssdd.engine.noise import indexed_noise
+from ssdd.engine.reference import load_statistics
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEEDS = ("images_per_s", "sampling_images_per_s", "decoder_share")
@@ -125,6 +128,20 @@ def test_a_result_says_where_its_figures_come_from(folder):
     assert result["labels"].startswith("balanced") and "10 classes, 2 to 2" in result["labels"]
     assert any("fewer than 10 a dimension" in note for note in result["notes"])
     assert not list((folder / "evaluation" / "measured").rglob("chunks"))  # their features are not kept twice
+
+
+def test_samples_are_also_held_against_images_that_the_generator_never_saw(folder):
+    scores = only(evaluate(folder, "evaluation.gap=false")["rows"][0]["distances"])
+    samples = load_statistics(next((folder / "evaluation" / "measured").rglob("statistics-0.safetensors")))[0]
+    real = {
+        provenance["split"]: statistics
+        for statistics, provenance in map(load_statistics, (folder / "evaluation" / "cache").rglob("*.safetensors"))
+    }
+    for split, suffix in (("train", ""), ("val", "_to_held_out")):
+        assert scores[f"kid{suffix}"] == pytest.approx(kernel_distance(samples.features, real[split].features))
+        assert scores[f"frechet{suffix}"] == pytest.approx(frechet_distance(samples, real[split]))
+        assert scores[f"kid_low{suffix}"] < scores[f"kid_high{suffix}"]
+    assert scores["kid"] != scores["kid_to_held_out"]
 
 
 def test_a_reference_of_another_crop_is_refused_before_anything_is_decoded_unless_allowed(folder):
