@@ -130,6 +130,7 @@ def test_a_result_says_where_its_figures_come_from(folder):
     assert not list((folder / "evaluation" / "measured").rglob("chunks"))  # their features are not kept twice
 
 
+@pytest.mark.filterwarnings("ignore:Frechet distance of")
 def test_samples_are_also_held_against_images_that_the_generator_never_saw(folder):
     scores = only(evaluate(folder, "evaluation.gap=false")["rows"][0]["distances"])
     samples = load_statistics(next((folder / "evaluation" / "measured").rglob("statistics-0.safetensors")))[0]
