@@ -93,6 +93,9 @@ class TrainingConfig:
     """Autocast; auto is bf16 where the device computes in it natively, else float32. Weights stay float32."""
     compile: bool = False
     """torch.compile the network."""
+    fsdp: bool = False
+    """Shard parameters, averages and optimizer state over the processes (FSDP) instead of keeping all in each (DDP);
+    needs training.compile=false."""
 
 
 @dataclass

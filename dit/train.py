@@ -33,6 +33,7 @@ from ssdd.engine.noise import batch_generator, seed_of
 from ssdd.engine.optim import learning_rate
 from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.run import RunDirectory
+from ssdd.engine.sharding import gathered, load_whole, shard, whole
 from ssdd.engine.throughput import Throughput, count_flop
 from ssdd.engine.training import (
     check_finite,
@@ -91,13 +92,16 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
 
     torch.manual_seed(seed_of(cfg.seed, "dit.init"))
     network = _new_network(cfg, cache).to(device)
+    flop = _flop_per_latent(cfg, network, cache, accelerator)
+    picture = SamplePicture(cfg, cache, accelerator) if training.tokenizer and training.sample_every != 0 else None
+    shown = copy.deepcopy(network).eval() if picture else None  # the averaged weights, while they are sampled
+    if training.fsdp:
+        shard(network, [[block] for block in network.blocks], device, world)
     trainable = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=training.lr, betas=(0.9, training.beta2), weight_decay=training.weight_decay, fused=True
     )
     ema = Ema(dict(network.named_parameters()), training.ema.decay, min(training.ema.start_iter, training.steps // 10))
-    picture = SamplePicture(cfg, cache, accelerator) if training.tokenizer and training.sample_every != 0 else None
-    shown = copy.deepcopy(network).eval() if picture else None  # the averaged weights, while they are sampled
     window = torch.zeros(2, device=device)  # sums of loss and gradient norm since the last line of metrics
     bad_step = torch.full((), -1, device=device)  # first step with a non-finite loss or gradient; read when logging
 
@@ -110,7 +114,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     if checkpoint.exists(last):
         tensors, state = checkpoint.load(last)
         check_identity(state["identity"], identity, last)
-        network.load_state_dict(tensors["model"])
+        load_whole(network, tensors["model"])
         ema.load(tensors["model_ema"], state["ema"])
         checkpoint.load_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
         windows = tensors["aux"]["windows"]
@@ -118,12 +122,12 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     start = state["step"]
     if start > training.steps:
         raise UserError(f"{last} is at step {start}, beyond training.steps={training.steps}; choose another run_name.")
-    flop = _flop_per_latent(cfg, network, cache, accelerator)
     if training.grad_checkpoint:
         recompute_activations(network)
     if training.compile:
         network.compile()
-    model, optimizer = accelerator.prepare(network, optimizer)
+    model = accelerator.prepare_model(network, evaluation_mode=training.fsdp)  # which is: without DDP around it
+    optimizer = accelerator.prepare_optimizer(optimizer)
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
     if start == training.steps and directory.result.exists():
@@ -139,8 +143,6 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
 
     def save(names: list[str]) -> None:
         windows = accelerator.gather(window.unsqueeze(0))  # [world, 2]
-        if not accelerator.is_main_process:
-            return
         optimizer_tensors, optimizer_values = checkpoint.optimizer_tensors(optimizer.optimizer)
         groups = {
             "model": network.state_dict(),
@@ -148,6 +150,9 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             "optimizer": optimizer_tensors,
             "aux": {"windows": windows},
         }
+        groups = {name: gathered(group, keep=accelerator.is_main_process) for name, group in groups.items()}
+        if not accelerator.is_main_process:
+            return
         state.update(identity=identity, ema=ema.state(), optimizer=optimizer_values)
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
@@ -179,7 +184,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # Accumulate gradients; processes exchange them in the last part only.
+            # Accumulate gradients; processes exchange them in the last part only, sharded ones in each.
             model.train()
             size, step_loss = rows // training.accumulate, 0.0
             for first in range(0, rows, size):
@@ -190,7 +195,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 step_loss = step_loss + loss.detach()
 
             # Optimise, average.
-            norm = accelerator.clip_grad_norm_(trainable, training.grad_clip or math.inf)
+            norm = whole(accelerator.clip_grad_norm_(trainable, training.grad_clip or math.inf))
             window += torch.stack([step_loss, norm])
             finite = step_loss.isfinite() & (norm.isfinite() | (accelerator.scaler is not None))  # a scaler skips those
             bad_step = torch.where((bad_step < 0) & ~finite, step + 1, bad_step)
@@ -217,10 +222,11 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 state["window_steps"] = 0
 
             # Draw samples of the averaged weights.
-            if picture is not None and picture_due(training.sample_every, done, saving) and accelerator.is_main_process:
+            if picture is not None and picture_due(training.sample_every, done, saving):
                 with throughput.paused():
-                    shown.load_state_dict(network.state_dict() | ema.tensors())
-                    progress.picture(done, "samples", picture.draw(shown))
+                    shown.load_state_dict(gathered(network.state_dict() | ema.tensors()))
+                    if accelerator.is_main_process:
+                        progress.picture(done, "samples", picture.draw(shown))
 
             # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:
@@ -269,6 +275,8 @@ def _rows_a_process(training: TrainingConfig, world: int) -> int:
     for key in ("steps", "save_every", "log_freq"):
         if getattr(training, key) < 1:
             raise UserError(f"training.{key}={getattr(training, key)} must be at least 1.")
+    if training.fsdp and training.compile:
+        raise UserError("training.fsdp=true does not go with compiled networks yet: set training.compile=false.")
     return rows_a_process("training.batch_size", training.batch_size, world, training.accumulate)
 
 

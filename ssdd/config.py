@@ -209,6 +209,9 @@ class TrainingConfig:
     """Largest gradient norm; 0 switches clipping off."""
     grad_checkpoint: bool = False
     """Compute activations of the blocks again in the backward pass: less memory, about a third more work."""
+    fsdp: bool = False
+    """Shard parameters, averages and optimizer state over the processes (FSDP) instead of keeping all in each (DDP);
+    needs ssdd.compile=false."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
     """Autocast; auto is bf16 where the device computes in it natively, else float32; task=eval takes auto as no."""
     eval_freq: int = 4

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import plain, sync_folder, write_atomic
+from ssdd.engine.sharding import laid_out_as
 
 STATE_FILE = "state.json"
 STEP_NAME = re.compile(r"step-(\d{6,})")
@@ -186,7 +187,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
                 continue  # load_state_dict keeps these exact and knows which device they belong on
             like = parameter if value.shape == parameter.shape else value
             restored = torch.empty_like(like, dtype=value.dtype, device=parameter.device, requires_grad=False)
-            optimizer.state[parameter][name] = restored.copy_(value)
+            optimizer.state[parameter][name] = restored.copy_(laid_out_as(restored, value))
 
 
 def resolve(reference: str, ckpt_dir: str | os.PathLike[str]) -> Path:

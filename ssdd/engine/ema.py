@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.sharding import laid_out_as, local
 
 
 class Ema:
@@ -31,8 +32,8 @@ class Ema:
         """Take in the parameters after an optimizer step; the names are those given to the constructor."""
         if named_params.keys() != self._averages.keys():
             raise ValueError(f"other parameters than averaged: {sorted(named_params.keys() ^ self._averages.keys())}")
-        averages = list(self._averages.values())
-        current = [named_params[name].detach().to(torch.float32) for name in self._averages]
+        averages = [local(average) for average in self._averages.values()]
+        current = [local(named_params[name].detach()).to(torch.float32) for name in self._averages]
         k = self.updates - self.start_iter
         if k < 0:
             torch._foreach_copy_(averages, current)
@@ -59,5 +60,5 @@ class Ema:
                 shapes = f"{tuple(tensors[name].shape)}, in the model {tuple(average.shape)}"
                 raise UserError(f"the saved EMA of {name} has shape {shapes}; use the config of that checkpoint")
         for name, average in self._averages.items():
-            average.copy_(tensors[name])
+            average.copy_(laid_out_as(average, tensors[name]))
         self.updates = int(state["updates"])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ssdd.engine.sharding import local
+
 
 def parameter_groups(named_parameters: Mapping[str, Tensor], modules: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: decayed are the weights of linear, convolution and norm layers, all else is not (facts f)."""
@@ -54,7 +56,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer, named_parameters: Mapping
 
     A schedule-free optimizer trains y = (1 - beta) z + beta x and evaluates the average x (Defazio et al. 2024); x is
     computed beside y and nothing is swapped, so that training does not depend on when anyone looks. Other optimizers
-    evaluate what they train.
+    evaluate what they train. Of sharded parameters, this process gets its part.
     """
     averages = dict(named_parameters)
     names = {id(p): name for name, p in named_parameters.items()}
@@ -63,10 +65,10 @@ def averaged_weights(optimizer: torch.optim.Optimizer, named_parameters: Mapping
             continue
         known = [p for p in group["params"] if id(p) in names and "z" in optimizer.state.get(p, {})]
         if known:
-            z = [optimizer.state[p]["z"] for p in known]
+            z = [local(optimizer.state[p]["z"]) for p in known]
             averages |= zip(
                 (names[id(p)] for p in known),
-                torch._foreach_lerp(known, z, 1 - 1 / group["betas"][0]),
+                torch._foreach_lerp([local(p) for p in known], z, 1 - 1 / group["betas"][0]),
                 strict=True,
             )
     return averages

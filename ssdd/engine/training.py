@@ -20,14 +20,14 @@ from ssdd.engine.precision import mixed_precision
 def open_accelerator(precision: str, deterministic: bool) -> Accelerator:
     """Accelerate on the best device there is, with the autocast that `precision` (auto, no, bf16, fp16) means on it.
 
-    Several processes train data-parallel (DDP). UserError where accelerate is configured to shard parameters.
+    Several processes train data-parallel (DDP, or FSDP by training.fsdp). UserError where accelerate is configured to
+    shard parameters: it would do so after optimizer and averages were made.
     """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(
-                f"accelerate is configured for {name}, and the trainers keep whole networks in every process: run "
-                "`accelerate config` again without it, or launch with torchrun; training.grad_checkpoint=true and "
-                "accumulated parts save memory"
+                f"accelerate is configured for {name}, which these trainers do not leave to it: run `accelerate "
+                "config` again without it, or launch with torchrun, and set training.fsdp=true to shard parameters"
             )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -11,13 +11,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssdd.config import SSDDConfig
+from ssdd.decoder import TransformerBlock
 from ssdd.distill import DistillationObjective
-from ssdd.encoder import ENCODER_NAME
+from ssdd.encoder import ENCODER_NAME, EncoderAttention, EncoderBlock
 from ssdd.engine.checkpoint import resolve
 from ssdd.engine.errors import UserError
 from ssdd.engine.images import ImageDataset, eval_batches, open_source
 from ssdd.engine.throughput import count_flop
 from ssdd.gan import Discriminator
+from ssdd.layers import ResnetBlock
 from ssdd.objective import AutoencoderObjective, FlowObjective, ImageLosses, step_draws
 from ssdd.perceptual import FeatureDistance, Lpips
 from ssdd.repa import PatchTokens, RepaLoss
@@ -134,6 +136,21 @@ def build_objective(cfg: SSDDConfig, network: SSDD, discriminator: Discriminator
         tau_max=cfg.distill.tau_max,
         z_std=latent_deviation(cfg, network) if cfg.distill.z == "noisy" else None,
     )
+
+
+def sharded_blocks(network: SSDD) -> list[list[nn.Module]]:
+    """What `ssdd.engine.sharding.shard` takes as blocks: those of both networks, less what makes the decoder's
+    `Condition`, which runs before and outside of them.
+    """
+    blocks: list[list[nn.Module]] = []
+    for module in network.modules():
+        if isinstance(module, EncoderBlock | EncoderAttention):
+            blocks.append([module])
+        elif isinstance(module, TransformerBlock):
+            blocks.append([module.attn1, module.norm2, module.ff])
+        elif isinstance(module, ResnetBlock):
+            blocks.append([part for part in module.children() if part is not module.norm1])
+    return blocks
 
 
 @torch.no_grad()

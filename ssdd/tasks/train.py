@@ -30,6 +30,7 @@ from ssdd.engine.noise import seed_of
 from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
 from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.run import RunDirectory
+from ssdd.engine.sharding import gathered, laid_out_as, load_whole, shard, whole
 from ssdd.engine.throughput import Throughput
 from ssdd.engine.training import (
     check_finite,
@@ -42,7 +43,14 @@ from ssdd.engine.training import (
 from ssdd.objective import step_draws, weighted_sum
 from ssdd.tasks.dry_run import dry_run
 from ssdd.tasks.evaluate import Evaluation
-from ssdd.tasks.networks import build_discriminator, build_objective, build_targets, build_tokenizer, flop_per_image
+from ssdd.tasks.networks import (
+    build_discriminator,
+    build_objective,
+    build_targets,
+    build_tokenizer,
+    flop_per_image,
+    sharded_blocks,
+)
 from ssdd.tasks.pictures import ReconstructionPicture
 
 
@@ -72,6 +80,13 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     objective = build_objective(cfg, network, discriminator).to(device)
     if cfg.distill_teacher or cfg.objective == "direct":
         network.config["fm_sampler"]["steps"] = 1  # what the decoder is trained for, and decode's default in its file
+    flop = flop_per_image(cfg, objective, accelerator)
+    evaluation = Evaluation(cfg, accelerator) if training.eval_freq else None
+    drawn = training.sample_every or (training.sample_every is None and evaluation is not None)
+    picture = ReconstructionPicture(cfg, accelerator) if drawn else None
+    shown = copy.deepcopy(network) if evaluation or picture else None  # the averaged weights, while they are looked at
+    if training.fsdp:
+        shard(objective, sharded_blocks(network), device, world)
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     repa = getattr(objective, "repa", None)
     heads = {} if repa is None else {f"repa_loss.{name}": p for name, p in repa.named_parameters() if p.requires_grad}
@@ -82,10 +97,6 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         gan_groups = parameter_groups(dict(discriminator.named_parameters()), discriminator, training.weight_decay)
         gan_optimizer = build_optimizer(training.optimizer, gan_groups, training.lr, training.betas)
     ema = Ema(parameters, cfg.ssdd.ema.decay, min(cfg.ssdd.ema.start_iter, steps // 10))
-    evaluation = Evaluation(cfg, accelerator) if training.eval_freq else None
-    drawn = training.sample_every or (training.sample_every is None and evaluation is not None)
-    picture = ReconstructionPicture(cfg, accelerator) if drawn else None
-    shown = copy.deepcopy(network) if evaluation or picture else None  # the averaged weights, while they are looked at
     logged = [*objective.terms, *["gan_train"] * (discriminator is not None), "grad_norm"]
     window = torch.zeros(len(logged), device=device)  # their sums since the last line
     bad_step = torch.full((), -1, device=device)  # first step with a non-finite loss or gradient; read when logging
@@ -106,26 +117,26 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     if checkpoint.exists(last):
         tensors, state = checkpoint.load(last)
         check_identity(state["identity"], identity, last)
-        network.load_state_dict(tensors["model"])
+        load_whole(network, tensors["model"])
         ema.load({name: tensors["model_ema"][name] for name in parameters}, state["ema"])
         checkpoint.load_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
         with torch.no_grad():
             for name, parameter in heads.items():
-                parameter.copy_(tensors["aux"][name])
+                parameter.copy_(laid_out_as(parameter, tensors["aux"][name]))
         if discriminator is not None:
             discriminator.load_state_dict(tensors["model_gan"])
             checkpoint.load_optimizer(gan_optimizer, tensors["optimizer_gan"], state["optimizer_gan"])
         windows = tensors["aux"]["windows"]
         window.copy_(windows[rank] if len(windows) == world else windows.mean(0))
     start = state["step"]
-    flop = flop_per_image(cfg, objective, accelerator)
     if training.grad_checkpoint:
         recompute_activations(network)
     if cfg.ssdd.compile:
         network.compile()
         if cfg.distill_teacher:
             objective.teacher.compile()
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    model = accelerator.prepare_model(objective, evaluation_mode=training.fsdp)  # which is: without DDP around it
+    optimizer = accelerator.prepare_optimizer(optimizer)
     if discriminator is not None:
         adversary, gan_optimizer = accelerator.prepare(discriminator, gan_optimizer)
         discriminator.requires_grad_(False).eval()  # but in its own step
@@ -137,8 +148,6 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
 
     def save(names: list[str]) -> None:
         windows = accelerator.gather(window.unsqueeze(0))  # [world, terms + 1]
-        if not accelerator.is_main_process:
-            return
         optimizer_tensors, optimizer_values = checkpoint.optimizer_tensors(optimizer.optimizer)
         groups = {
             "model": network.state_dict(),
@@ -152,6 +161,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             groups["optimizer_gan"], state["optimizer_gan"] = checkpoint.optimizer_tensors(gan_optimizer.optimizer)
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
+        groups = {name: gathered(group, keep=accelerator.is_main_process) for name, group in groups.items()}
+        if not accelerator.is_main_process:
+            return
         checkpoint.save(directory.checkpoints / names[0], groups, state, network.metadata)
         for name in names[1:]:
             checkpoint.link(directory.checkpoints / names[0], directory.checkpoints / name)
@@ -199,7 +211,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             active = active_terms(cfg, objective.terms, step)
             adversarial = "gan_disc" in active
 
-            # Accumulate gradients; processes exchange them in the last part only.
+            # Accumulate gradients; processes exchange them in the last part only, sharded ones in each.
             size = rows // training.grad_accumulate
             finite = torch.ones((), dtype=torch.bool, device=device)
             for part in (slice(first, first + size) for first in range(0, rows, size)):
@@ -219,8 +231,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
 
             # Optimise, average.
             largest = training.grad_clip or math.inf
-            norms = [accelerator.clip_grad_norm_(parameters.values(), largest)]
-            norms += [clip_grad_norm_(heads.values(), largest)] if heads else []
+            norms = [whole(accelerator.clip_grad_norm_(parameters.values(), largest))]
+            norms += [whole(clip_grad_norm_(heads.values(), largest))] if heads else []
             norms += [clip_grad_norm_(discriminator.parameters(), largest)] if adversarial else []
             window[-1] += norms[0]
             overflow = accelerator.scaler is not None  # a scaler skips such steps
@@ -263,7 +275,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             # Look at the averaged weights; the best ones are kept.
             drawing = picture is not None and picture_due(training.sample_every, done, evaluating)
             if evaluating or drawing:
-                shown.load_state_dict(network.state_dict() | ema.tensors())
+                shown.load_state_dict(gathered(network.state_dict() | ema.tensors()))
             if drawing and accelerator.is_main_process:
                 with throughput.paused():
                     progress.picture(done, "reconstructions", picture.draw(shown))
@@ -321,6 +333,8 @@ def _check(cfg: SSDDConfig, steps: int) -> None:
             raise UserError(f"{key}={value} must be at least 1")
     if training.grad_clip < 0:
         raise UserError(f"training.grad_clip={training.grad_clip} must not be negative; 0 switches clipping off")
+    if training.fsdp and cfg.ssdd.compile:
+        raise UserError("training.fsdp=true does not go with compiled networks yet: set ssdd.compile=false")
 
 
 def active_terms(cfg: SSDDConfig, terms: list[str], step: int) -> list[str]:

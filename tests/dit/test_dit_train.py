@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dit.config import DiTConfig
 from dit.model import DiT
@@ -113,21 +115,45 @@ def test_a_signal_checkpoints_exits_with_zero_and_resumes_to_the_same_bytes(sett
     assert metrics(stopped) == metrics(straight)
 
 
-def test_two_processes_train_as_one(settings):
-    one, two = settings("one", steps=3), settings("two", steps=3)
-    run(one)
-    config = Path(two.ckpt_dir) / "two.yaml"
-    config.write_text(to_yaml(two))
+def run_in_two_processes(cfg: DiTConfig) -> None:
+    config = Path(cfg.ckpt_dir) / f"{cfg.run_name}.yaml"
+    config.write_text(to_yaml(cfg))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, str(ROOT / "dit" / "main.py"), f"preset={config}"]
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}  # a path finds its packages
-    ended = subprocess.run(command, cwd=two.ckpt_dir, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=cfg.ckpt_dir, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_two_processes_train_as_one(settings):
+    one, two = settings("one", steps=3), settings("two", steps=3)
+    run(one)
+    run_in_two_processes(two)
     for row_one, row_two in zip(metrics(one), metrics(two), strict=True):
         assert row_two == pytest.approx(row_one, rel=1e-5 if row_one["step"] == 1 else 1e-3)
     first, second = (DiT.from_pretrained(cfg.run_name, cfg.ckpt_dir).state_dict() for cfg in (one, two))
     for key in first:
         torch.testing.assert_close(second[key], first[key], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_sharded_processes_train_as_data_parallel_ones_and_continue_on_any_number(settings):
+    options = {"steps": 4, "save_every": 2, "keep": 2, "accumulate": 2, "grad_checkpoint": True}
+    whole, sharded = settings("whole", **options), settings("sharded", fsdp=True, **options)
+    run_in_two_processes(whole)
+    run_in_two_processes(sharded)
+    for row_whole, row_sharded in zip(metrics(whole), metrics(sharded), strict=True):
+        assert row_sharded == pytest.approx(row_whole, rel=1e-5)
+    for name in ("model", "model_ema", "optimizer", "aux"):
+        places = (folder(cfg) / "checkpoints/last" / f"{name}.safetensors" for cfg in (whole, sharded))
+        first, second = map(load_file, places)
+        torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-3)
+    for name, fsdp, launch in (("two", True, run_in_two_processes), ("one", False, run)):
+        shutil.copytree(folder(sharded) / "checkpoints/step-000002", folder(sharded).parent / name / "checkpoints/last")
+        continued = settings(name, **options, fsdp=fsdp)
+        launch(continued)
+        for row_again, row in zip(metrics(continued), metrics(sharded)[2:], strict=True):
+            assert row_again == pytest.approx(row, rel=1e-5)
 
 
 def test_accumulation_changes_memory_and_not_the_loss(settings):

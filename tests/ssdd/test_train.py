@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,33 @@ def test_one_and_two_processes_compute_the_same_losses(tmp_path):
     for one, two in zip(*rows, strict=True):
         for value in ("diffusion", "kl", "grad_norm"):
             assert one[value] == pytest.approx(two[value], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_sharded_processes_train_as_data_parallel_ones_and_continue_alone(tmp_path):
+    arguments = ["training.steps=4", "training.keep=2", "ssdd.encoder_train=true", "training.mixed_precision=no"]
+    arguments += ["training.optimizer=adamw", "training.grad_accumulate=2", "training.grad_checkpoint=true"]
+    arguments += ["losses.gan_disc=0.5", "gan.start_iter=1", "dataset.im_size=32"]
+    whole, sharded, alone = (tmp_path / name / "jobs/tokenizer" for name in ("whole", "sharded", "alone"))
+
+    def train(run: Path, fsdp: bool, processes: int) -> list[dict]:
+        argv = command(run.parents[1], *arguments, f"training.fsdp={str(fsdp).lower()}", processes=processes)
+        process = start(argv)
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+        rows = RunDirectory(run.parents[1], "tokenizer").read_metrics()
+        return [{name: row[name] for name in values} for row in rows]
+
+    values = ("step", "diffusion", "kl", "gan_disc", "gan_train", "grad_norm")
+    rows_whole, rows_sharded = train(whole, False, 2), train(sharded, True, 2)
+    for row_whole, row_sharded in zip(rows_whole, rows_sharded, strict=True):
+        assert row_sharded == pytest.approx(row_whole, rel=1e-5)
+    for name in (*WEIGHTS, "model_gan", "optimizer_gan"):
+        first, second = (load_file(run / "checkpoints/last" / f"{name}.safetensors") for run in (whole, sharded))
+        torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-3)
+    shutil.copytree(sharded / "checkpoints/step-000002", alone / "checkpoints/last")
+    for row_alone, row_sharded in zip(train(alone, True, 1), rows_sharded[2:], strict=True):
+        assert row_alone == pytest.approx(row_sharded, rel=1e-5)
 
 
 @pytest.mark.slow
