@@ -153,7 +153,7 @@ class SamplingConfig:
     """Whose code trained such a file, where it doesn't tell."""
     ema: float | None = None
     """Which of several averages of a run, by its decay in training.ema.decays; null: the first."""
-    n: int = 10_000
+    n: int = 50_000
     """Number of samples."""
     seed: int = 0
     """Sample i depends on the seed and i alone."""
@@ -198,16 +198,42 @@ class EvaluationConfig:
     """gFID and its kin: every decoder decodes the same latents."""
 
     decoders: list[str] = field(default_factory=list)
-    """Rows of the table, each `name:checkpoint reference:steps`."""
+    """Rows of the table, each `name:checkpoint reference:steps`, or `name:diffusers:PATH` for a KL-VAE."""
     features: list[str] = field(default_factory=lambda: ["auto"])
     """Networks of the distances: inception, efficientnet_lite0, dinov2, clip, timm/MODEL, classifier:FILE; auto takes
     the first two where their weights are."""
+    reference: str | None = None
+    """What samples are compared with, in place of the training images: an image folder, an npz (ADM's reference files
+    among them), or a statistics file of scripts/fidelity.py or torch-fidelity."""
+    held_out: bool = True
+    """Measure the val split as well: floors of all distances, copy rates, and the reconstructions of the gap."""
+    kept_features: int = 10_000
+    """Real images whose features are kept for KID, precision, recall and copy rate (ADM: 10000); moments have all."""
+    gap: bool = True
+    """Also decode the latents of held-out images with every decoder: gFID minus rFID."""
+    latent_noise: list[float] = field(default_factory=list)
+    """Deviations of noise on those latents, in units of the latents' own, as [0,0.1,0.2,0.3,0.4,0.5]: which decoder
+    forgives a generator's errors."""
+    sweep_cfg: list[float] = field(default_factory=list)
+    """Draw, decode and compare a small set for each of these values of sampling.cfg_scale ..."""
+    sweep_steps: list[int] = field(default_factory=list)
+    """... and each of these of sampling.steps."""
+    sweep_n: int = 5000
+    """Samples of such a set."""
+    npz: bool = False
+    """Write the images of every decoder as out/export/NAME.npz, in the form of ADM's evaluator."""
+    png: bool = False
+    """Write them as out/export/NAME/000000.png and so on."""
+    allow_mismatch: bool = False
+    """Compare with a reference of another crop all the same, and say so in the result."""
+    cache: str | None = None
+    """Folder for statistics of real images, measured once; null: ckpt_dir/cache/statistics."""
     class_accuracy: bool = False
     """Fit a support vector classifier to the real training images and count how often it sees the asked class."""
     baseline_numbers: int | None = None
     """Add samples of one Gaussian a class in a PCA space of this many numbers; null adds no such row."""
     batch_size: int = 64
-    """Latents decoded together."""
+    """Images decoded together and kept as one chunk, which is what an interrupted evaluation repeats."""
     resamples: int = 200
     """Bootstrap resamples of the KID intervals."""
 
@@ -245,7 +271,7 @@ class DiTConfig:
     out: str | None = None
     """sample, evaluate: folder for the results (default: samples or evaluation inside the run's folder)."""
     samples: str | None = None
-    """evaluate: folder of a sample set."""
+    """evaluate: folder of a sample set; null: that of the run, drawn as `sampling` says if it isn't there."""
     dataset: DatasetConfig = field(default_factory=adm_images)
     """evaluate: real images to compare with, the train split as reference, the val split as floor and held-out set.
     train: the images of the cache, where losses.repa or training.fidelity_every need them."""

@@ -1,187 +1,275 @@
-"""Task `evaluate`: every decoder decodes the same drawn latents; distances to the real training images (gFID and kin).
+"""Task `evaluate`: every decoder decodes the same drawn latents; distances to real images (gFID and its kin).
 
-Decoder noise comes from one generator per sample index, so that figures depend on neither batch size nor processes.
+First all processes make and measure image sets, each in a folder of `measured` that survives a kill; then the main
+process alone compares them. A decoder that was measured before is not run again, nor are latents drawn twice.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from dit.config import DiTConfig
+from dit.class_judge import ClassJudge
+from dit.config import DiTConfig, EvaluationConfig
+from dit.decoding import SampleSet, decoded, images_behind, open_samples, request_of
+from dit.gap import Gap
+from dit.measuring import Export, Images, ImageSetFolder, Measuring
+from dit.real_images import ForeignReference, RealImages, check_treatment, labels_of
+from dit.sweep import Sweep
+from dit.tables import table
 from ssdd.baselines import PixelPCA, classwise_gaussian_samples
 from ssdd.decoders import Row, open_rows
-from ssdd.engine.checkpoint import load_tensors
 from ssdd.engine.errors import UserError
-from ssdd.engine.fidelity import copy_rate
-from ssdd.engine.files import read_json, write_json
-from ssdd.engine.images import DatasetConfig, ImageDataset, eval_batches, open_source, read_split
-from ssdd.engine.noise import indexed_noise
-from ssdd.engine.pictures import grid, save_png, to_uint8
+from ssdd.engine.fidelity import Statistics, copy_rate
+from ssdd.engine.files import sha256_json, write_json
+from ssdd.engine.images import read_split
+from ssdd.engine.pictures import grid, save_png
 from ssdd.engine.run import RunDirectory
-from ssdd.engine.scores import SetScores, compare, load_networks, paired_differences
-from ssdd.engine.training import open_accelerator, peak_memory, synchronize
-from ssdd.latent import LatentNorm
+from ssdd.engine.scores import (
+    IMAGES_A_DIMENSION,
+    automatic_without_weights,
+    compare,
+    load_networks,
+    paired_differences,
+)
+from ssdd.engine.training import open_accelerator, peak_memory
 
 REFERENCE, HELD_OUT = "training images", "held-out images"
-SHOWN_A_CLASS = 8
-
-
-class ClassJudge:
-    """A support vector classifier of pixels (RBF kernel), fitted to real training images."""
-
-    def __init__(self, images: Tensor, labels: Tensor):
-        from sklearn.svm import SVC
-
-        if len(labels.unique()) < 2:
-            raise UserError("evaluation.class_accuracy needs a data set of two classes or more; set it to false")
-        self.model = SVC(C=10, gamma="scale").fit(self._pixels(images), labels.numpy())
-
-    def correct(self, images: Tensor, labels: Tensor) -> list[bool]:
-        """Whether each image (uint8 [n, 3, H, W]) is seen as its label."""
-        return (self.model.predict(self._pixels(images)) == labels.cpu().numpy()).tolist()
-
-    @staticmethod
-    def _pixels(images: Tensor) -> np.ndarray:
-        return images.float().mean(dim=1).flatten(1).cpu().numpy() / 255
+BASELINE = "PCA-Gaussian"
+ROUNDING = "clamp to [-1, 1], scale to 0..255, round"
+SHOWN_CLASSES, SHOWN_A_CLASS = 20, 8
+KEPT_SAMPLES = 50_000  # generated images whose features are kept: ADM's precision and recall take all of its 50 000
 
 
 def run(cfg: DiTConfig) -> dict[str, Any]:
-    """Evaluate the sample set `samples` with `evaluation.decoders`; returns what it writes to task_result.json.
+    """Evaluate with `evaluation.decoders`; returns what it writes to task_result.json, {} but in the main process.
 
     UserError when the latents do not belong to a decoder's encoder, or nothing is given to decode.
     """
-    if cfg.samples is None or not cfg.evaluation.decoders:
-        raise UserError("task=evaluate needs samples=DIR and evaluation.decoders=[name:reference:steps, ...]")
+    options = cfg.evaluation
+    if not options.decoders:
+        raise UserError(
+            "task=evaluate needs evaluation.decoders=[name:reference:steps, ...]; samples=DIR is the sample set, "
+            "without it the generator of run_name or sampling.checkpoint draws one"
+        )
+    _check(options)
     accelerator = open_accelerator("no", deterministic=False)
-    device = accelerator.device
-    folder = Path(cfg.samples)
-    description = read_json(folder / "sample_set.json")
-    latents = load_tensors(folder / "latents.safetensors")
-    z_n, labels = latents["z_n"], latents["labels"]
-    rows = open_rows(cfg.evaluation.decoders, cfg.ckpt_dir, device)
-    norms = {row.name: LatentNorm.load(folder / "z_stats.json", row.tokenizer.encoder_fingerprint()) for row in rows}
-    _check_sizes(rows, z_n, cfg.dataset.im_size)
-    source = open_source(cfg.dataset, "train")
+    rows = open_rows(options.decoders, cfg.ckpt_dir, accelerator.device)
+    networks = load_networks(options.features, accelerator.device)
+    if options.features and not networks:
+        raise UserError("no feature network has its weights on this machine; name one in evaluation.features")
+    out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
+    cache = Path(options.cache) if options.cache else Path(cfg.ckpt_dir) / "cache" / "statistics"
+    of_real = Measuring(networks, accelerator, options.batch_size, options.kept_features)
+    of_samples = replace(of_real, kept=max(options.kept_features, KEPT_SAMPLES))
+    reference = (
+        ForeignReference(cfg, of_real, cache) if options.reference else RealImages(cfg.dataset, "train", of_real, cache)
+    )
 
-    scores = SetScores(load_networks(cfg.evaluation.features, device))
-    keep = cfg.evaluation.class_accuracy or cfg.evaluation.baseline_numbers is not None
+    mismatch = check_treatment(cfg, images_behind(cfg), reference)
+    samples = open_samples(cfg, rows)
+    norms = {row.name: samples.norm(row) for row in rows}
+    held_out = None
+    if options.held_out:  # the floor of a distance is that of as many real images
+        as_many = replace(cfg.dataset, limit=min(len(samples), cfg.dataset.limit or len(samples)))
+        held_out = RealImages(as_many, "val", of_real, cache)
+
+    # All processes: make and measure the sets.
+    reference.measure()
+    if held_out:
+        held_out.measure()
+    keep = options.class_accuracy or options.baseline_numbers is not None
     training = read_split(cfg.dataset, "train")[:2] if keep else None
-    _collect(scores, REFERENCE, "train", cfg.dataset, accelerator)
-    limit = min(len(z_n), cfg.dataset.limit or len(z_n))  # the floor of a distance is that of as many real images
-    _collect(scores, HELD_OUT, "val", replace(cfg.dataset, limit=limit), accelerator)
-    judge = ClassJudge(*training) if cfg.evaluation.class_accuracy else None
-    correct: dict[str, list[bool]] = defaultdict(list)
+    judge = ClassJudge(*training) if options.class_accuracy else None
+    judged = {"judge": reference.describe()["fingerprint"] if judge else None}
+    shown = _first_of_each_class(samples.labels)
+    seed, device = cfg.sampling.seed, accelerator.device
+    sets: dict[str, ImageSetFolder] = {}
+    for row in rows:
+        request = request_of(row, norms[row.name], samples.checksum, seed) | judged
+        make = decoded(row, samples.rows, norms[row.name], seed, device)
+        export = _export(cfg, out, row, samples)
+        folder = out / "measured" / "samples" / row.name
+        sets[row.name] = ImageSetFolder(
+            folder, request, len(samples), make, of_samples, judge, samples.labels, sum(shown, []), export
+        )
+    if options.baseline_numbers is not None:
+        sets[BASELINE] = _baseline(cfg, out, training, samples, of_samples, judge, judged, reference)
+    for image_set in sets.values():
+        image_set.measure()
+    gap = Gap(cfg, out, rows, norms, held_out, of_real) if held_out and (options.gap or options.latent_noise) else None
+    if gap:
+        gap.measure()
+    sweep = Sweep(cfg, out, rows, of_real) if options.sweep_cfg or options.sweep_steps else None
+    if sweep:
+        sweep.measure()
+    if not accelerator.is_main_process:
+        return {}
 
-    # Decode the same latents with every decoder.
-    seconds: dict[str, float] = defaultdict(float)
-    shown: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    own = torch.arange(accelerator.process_index, len(z_n), accelerator.num_processes)
-    columns = min(SHOWN_A_CLASS, int(labels.unique(return_counts=True)[1].min()))
-    per_class = _first_of_each_class(labels, columns)
-    for indices in own.split(cfg.evaluation.batch_size) if len(own) else ():
-        pixels: dict[str, Tensor] = {}
-        for row in rows:
-            z = norms[row.name].denormalise(z_n[indices].to(device))
-            shape = (3, z.shape[-2] * row.tokenizer.f, z.shape[-1] * row.tokenizer.f)
-            noise = indexed_noise(indices, shape, cfg.sampling.seed, "decoder").to(device)
-            if row.name not in seconds:
-                row.tokenizer.decode(z, steps=row.steps, noise=noise)  # not timed: first calls choose kernels
-            synchronize(device)
-            began = time.perf_counter()
-            pixels[row.name] = to_uint8(row.tokenizer.decode(z, steps=row.steps, noise=noise))
-            synchronize(device)
-            seconds[row.name] += time.perf_counter() - began
-        for name, images in pixels.items():
-            scores.update(name, images, indices)
-            if judge is not None:
-                correct[name] += judge.correct(images, labels[indices])
-            wanted = zip(indices.tolist(), images.cpu(), strict=True)
-            shown[name] |= {i: image for i, image in wanted if i in per_class}
-
-    # Trivial baseline: one Gaussian a class in pixel PCA space, as many samples of the same classes.
-    names = [row.name for row in rows]
-    if cfg.evaluation.baseline_numbers is not None:
-        pca = PixelPCA(training[0], cfg.evaluation.baseline_numbers)
-        images = classwise_gaussian_samples(pca, *training, labels, cfg.sampling.seed)[own]
-        names.append("PCA-Gaussian")
-        for part in torch.arange(len(own)).split(cfg.evaluation.batch_size):
-            scores.update("PCA-Gaussian", images[part].to(device), own[part])
-            if judge is not None:
-                correct["PCA-Gaussian"] += judge.correct(images[part], labels[own[part]])
-
+    # The main process: compare them, network by network.
     result: dict[str, Any] = {
         "task": "evaluate",
-        "count": len(z_n),
-        "samples": description,
-        "reference": {"source": source.name, "fingerprint": source.fingerprint(), "crop": cfg.dataset.crop},
-        "rows": [{"name": name, "distances": {}} for name in names],
+        "count": len(samples),
+        "samples": samples.description,
+        "labels": labels_of(samples.labels, samples.description),
+        "reference": reference.describe(),
+        "held_out": held_out.describe() if held_out else None,
+        "rounding": ROUNDING,
+        "machine": {"device": str(device), "processes": accelerator.num_processes, "torch": torch.__version__},
+        "decoders": {row.name: row.provenance() for row in rows},
+        "features": {network.name: network.checksum for network in networks},
+        "networks": {network.name: network.provenance() for network in networks},
+        "left_out": [f"features {name}" for name in automatic_without_weights(options.features)],
+        "notes": [mismatch] if mismatch else [],
+        "rows": [{"name": name, "distances": {}} for name in sets],
         "floor": {},
         "paired": {},
-        "features": {network.name: network.checksum for network in scores.networks},
     }
-    steps = {row.name: row.steps for row in rows}
-    for network, sets in scores.compute().items():
-        resamples, seed = cfg.evaluation.resamples, cfg.sampling.seed
-        compared, kernels = compare(sets, [*names, HELD_OUT], REFERENCE, REFERENCE, resamples, seed)
-        result["floor"][network] = {**compared[HELD_OUT], "count": sets[HELD_OUT].count}
-        result["paired"][network] = paired_differences(kernels, names)
-        for row in result["rows"]:
-            train, val = sets[REFERENCE].features, sets[HELD_OUT].features
-            copies, chance = copy_rate(sets[row["name"]].features, train, val)
-            row["distances"][network] = {**compared[row["name"]], "copy_rate": copies, "copy_rate_held_out": chance}
-    correct = {name: sum(gather_object([correct[name]]), []) for name in names}
-    for row in result["rows"]:
-        row["steps"] = steps.get(row["name"])
-        if judge is not None:
-            row["class_accuracy"] = sum(correct[row["name"]]) / len(correct[row["name"]])
-        if row["name"] in seconds:
-            row["images_per_s"] = len(own) / seconds[row["name"]] * accelerator.num_processes
+    for image_set in sets.values():
+        image_set.finish()
+    _speed(result["rows"], sets, rows, samples)
+    of_reference = reference.statistics()
+    of_held_out = held_out.statistics() if held_out else {}
+    for network in networks:
+        statistics = {name: image_set.statistics(network) for name, image_set in sets.items()}
+        real = {REFERENCE: of_reference[network.name]}
+        if held_out:
+            real[HELD_OUT] = of_held_out[network.name]
+        _compare(result, network.name, statistics, real, cfg, has_training=options.reference is None)
+        result["notes"] += _few_images(network.name, network.dim, len(samples))
     if judge is not None:
-        real = judge.correct(*read_split(cfg.dataset, "val")[:2])
-        result["class_accuracy_held_out"] = sum(real) / len(real)
+        correct = judge.correct(*read_split(cfg.dataset, "val")[:2])
+        result["class_accuracy_held_out"] = sum(correct) / len(correct)
+    if gap:
+        result |= gap.compare(of_reference, of_held_out, result["rows"])
+    if sweep:
+        result["sweep"] = sweep.compare(of_reference)
     result["peak_memory_bytes"] = peak_memory(device)
-    pictures: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for part in gather_object([dict(shown)]):
-        for name, images in part.items():
-            pictures[name] |= images
-    if accelerator.is_main_process:
-        out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
-        for name, images in pictures.items():
-            ordered = torch.stack([images[i] for i in per_class])
-            save_png(out / "pictures" / f"{name}.png", grid(ordered, columns=columns))
-        write_json(out / "task_result.json", result)
-    accelerator.wait_for_everyone()
+    for row in rows:
+        images = sets[row.name].pictures()
+        ordered = torch.stack([images[i] for of_class in shown for i in of_class])
+        save_png(out / "pictures" / f"{row.name}.png", grid(ordered, columns=len(shown[0])))
+    write_json(out / "task_result.json", result)
+    print(f"{table(result)}\nwritten to {out / 'task_result.json'}", flush=True)
     return result
 
 
-def _collect(scores: SetScores, name: str, split: str, cfg: DatasetConfig, accelerator: Accelerator) -> None:
-    """Add the real images of a split to the scores."""
-    dataset = ImageDataset(open_source(cfg, split), cfg, train=False)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    for x, _, indices in eval_batches(dataset, 256, rank, world, cfg.workers):
-        scores.update(name, to_uint8(x).to(accelerator.device), indices)
+def _check(options: EvaluationConfig) -> None:
+    """UserError for numbers that mean nothing, before anything is loaded."""
+    if min(options.kept_features, options.sweep_n, options.resamples) < 2 or options.batch_size < 1:
+        raise UserError(
+            "evaluation.kept_features, sweep_n and resamples must be at least 2, evaluation.batch_size at least 1"
+        )
+    if any(level < 0 for level in options.latent_noise):
+        raise UserError(f"evaluation.latent_noise={options.latent_noise}: standard deviations are not negative")
+    if options.latent_noise and not options.held_out:
+        raise UserError("evaluation.latent_noise reconstructs held-out images: it needs evaluation.held_out=true")
 
 
-def _first_of_each_class(labels: Tensor, count: int) -> list[int]:
-    """Indices of the first `count` samples of every class, class after class."""
-    return [i for label in labels.unique().tolist() for i in torch.nonzero(labels == label).flatten()[:count].tolist()]
+def _export(cfg: DiTConfig, out: Path, row: Row, samples: SampleSet) -> Export | None:
+    if not (cfg.evaluation.npz or cfg.evaluation.png):
+        return None
+    folder = out / "export"
+    npz = folder / f"{row.name}.npz" if cfg.evaluation.npz else None
+    return Export(npz, folder / row.name if cfg.evaluation.png else None, samples.labels)
 
 
-def _check_sizes(rows: list[Row], z_n: Tensor, im_size: int) -> None:
-    for row in rows:
-        side = z_n.shape[-1] * row.tokenizer.f
-        if side != im_size or row.tokenizer.z_dim != z_n.shape[1]:
-            raise UserError(
-                f"decoder {row.name} makes images of {side} px from latents {tuple(z_n.shape[1:])}, the reference "
-                f"has dataset.im_size={im_size}: give the size that the latents were cached at"
-            )
+def _baseline(
+    cfg: DiTConfig,
+    out: Path,
+    training: tuple[Tensor, Tensor],
+    samples: SampleSet,
+    measuring: Measuring,
+    judge: ClassJudge | None,
+    judged: dict,
+    reference: RealImages | ForeignReference,
+) -> ImageSetFolder:
+    """Trivial baseline: one Gaussian a class in pixel PCA space, as many samples of the same classes."""
+    numbers, seed = cfg.evaluation.baseline_numbers, cfg.sampling.seed
+    drawn: list[Tensor] = []
+
+    def make(indices: range) -> Images:
+        began = time.perf_counter()
+        if not drawn:
+            pca = PixelPCA(training[0], numbers)
+            drawn.append(classwise_gaussian_samples(pca, *training, samples.labels, seed))
+        images = drawn[0][indices.start : indices.stop]
+        return Images(images, torch.tensor(indices), time.perf_counter() - began)
+
+    request = {
+        "baseline": numbers,
+        "seed": seed,
+        "training": reference.describe()["fingerprint"],
+        "labels": sha256_json(samples.labels),
+    }
+    folder = out / "measured" / "samples" / BASELINE
+    return ImageSetFolder(folder, request | judged, len(samples), make, measuring, judge, samples.labels)
+
+
+def _speed(table_rows: list[dict], sets: dict[str, ImageSetFolder], rows: list[Row], samples: SampleSet) -> None:
+    """Steps, class accuracy, and what an image costs to draw and to decode."""
+    steps = {row.name: row.steps for row in rows}
+    drawing = samples.samples_per_s()
+    for row in table_rows:
+        figures = sets[row["name"]].figures()
+        row["steps"] = steps.get(row["name"])
+        if figures["class_accuracy"] is not None:
+            row["class_accuracy"] = figures["class_accuracy"]
+        if row["steps"] is None:
+            continue
+        row["images_per_s"] = figures["images_per_s"]
+        if drawing is not None:
+            decoding_s, total_s = 1 / row["images_per_s"], 1 / row["images_per_s"] + 1 / drawing
+            row |= {"sampling_images_per_s": 1 / total_s, "decoder_share": decoding_s / total_s}
+
+
+def _compare(
+    result: dict[str, Any],
+    network: str,
+    sets: dict[str, Statistics],
+    real: dict[str, Statistics],
+    cfg: DiTConfig,
+    has_training: bool,
+) -> None:
+    """Distances, floor and paired differences on one network, into the result."""
+    resamples, seed = cfg.evaluation.resamples, cfg.sampling.seed
+    names, others = list(sets), [name for name in real if name != REFERENCE]
+    compared, kernels = compare(sets | real, [*names, *others], REFERENCE, REFERENCE, resamples, seed)
+    if kernels:
+        result["paired"][network] = paired_differences(kernels, names)
+    floor = compared.get(HELD_OUT)
+    if floor:
+        result["floor"][network] = {**floor, "count": real[HELD_OUT].count}
+    for row in result["rows"]:
+        scores = row["distances"][network] = compared[row["name"]]
+        if floor:
+            scores["frechet_ratio"] = scores["frechet"] / floor["frechet"] if floor["frechet"] > 0 else None
+        if floor and has_training:
+            features = (sets[row["name"]], real[REFERENCE], real[HELD_OUT])
+            copies, chance = copy_rate(*(statistics.features for statistics in features))
+            scores |= {"copy_rate": copies, "copy_rate_held_out": chance}
+            scores["copy_rate_training_images"] = len(real[REFERENCE].features)
+
+
+def _few_images(network: str, dim: int, count: int) -> list[str]:
+    needed = IMAGES_A_DIMENSION * dim
+    if count >= needed:
+        return []
+    return [
+        f"{count} samples are fewer than {IMAGES_A_DIMENSION} a dimension of {network.split(':')[0]} ({needed}): most "
+        "of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the floor"
+    ]
+
+
+def _first_of_each_class(labels: Tensor) -> list[list[int]]:
+    """Indices of the first samples of every shown class, equally many; the classes are spread over all there are."""
+    classes, counts = labels.unique(return_counts=True)
+    chosen = [i * len(classes) // SHOWN_CLASSES for i in range(SHOWN_CLASSES)]
+    chosen = chosen if len(classes) > SHOWN_CLASSES else list(range(len(classes)))
+    columns = min(SHOWN_A_CLASS, int(counts[chosen].min()))
+    return [torch.nonzero(labels == classes[i]).flatten()[:columns].tolist() for i in chosen]

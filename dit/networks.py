@@ -126,4 +126,9 @@ def flop_per_latent(cfg: DiTConfig, objective: FlowObjective, cache: Cache, acce
 
 def trained_on(cache: Cache) -> dict[str, Any]:
     """What sampling and decoding need to know of the cache, so that a weights file is enough for both."""
-    return {"cache": cache.manifest["sha256"], "z_stats": cache.norm.to_dict(), "class_names": cache.class_names}
+    return {
+        "cache": cache.manifest["sha256"],
+        "z_stats": cache.norm.to_dict(),
+        "class_names": cache.class_names,
+        "images": cache.manifest["dataset"],
+    }

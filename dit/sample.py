@@ -3,14 +3,14 @@
 Sample i depends on the weights, the settings and i alone. Samples are drawn in chunks fixed by index (the last one is
 filled up with samples that are then dropped), so a set is the same bytes on any number of processes, and a smaller set
 is the beginning of a larger one. Result: `latents.safetensors` (z_n float32 [n, C, h, w] as the generator sees them,
-labels int64 [n]), `z_stats.json` (to denormalise them) and `sample_set.json`.
+labels int64 [n]), `z_stats.json` (to denormalise them), `speed.json` and `sample_set.json`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import shutil
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -21,12 +21,13 @@ from accelerate import PartialState
 from safetensors import safe_open
 from torch import Tensor
 
+from dit.chunks import Chunks
 from dit.config import DiTConfig, SamplingConfig
 from dit.guidance import guided_velocity, interval_grid, split_by_interval
 from dit.interop import load_dit
 from dit.model import DiT
 from dit.samplers import adaptive, heun, sde, sde_grid
-from ssdd.engine.checkpoint import load_tensors, resolve, save_tensors
+from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file, sha256_json, write_json
 from ssdd.engine.noise import batch_generator, indexed_noise
@@ -107,31 +108,35 @@ def run(cfg: DiTConfig) -> Path:
         state.print(f"{out} already holds these {sampling.n} samples")
         return out
 
-    chunks = out / "chunks"
+    chunks = Chunks(out / "chunks", request, sampling.n, chunk_size)
     if state.is_main_process:
-        _prepare(chunks, request)
+        # Written last: while it is absent, the set is unfinished.
+        (out / "sample_set.json").unlink(missing_ok=True)
+        chunks.prepare()
     state.wait_for_everyone()
     if sampling.compile:
         for network in filter(None, (model, guide)):
             network.compile(dynamic=False)
-    starts = range(0, sampling.n, chunk_size)
-    for start in starts[state.process_index :: state.num_processes]:
-        file = chunks / f"{start:09d}.safetensors"
-        if file.exists():
-            continue
-        indices = range(start, start + chunk_size)
+    for missing in chunks.missing(state.process_index, state.num_processes):
+        indices = range(missing.start, missing.start + chunk_size)
         labels = sample_labels(indices, model.num_classes, sampling.seed, sampling.balanced)
+        began = time.perf_counter()
         with torch.autocast(state.device.type, _DTYPES.get(precision), enabled=precision in _DTYPES):
             z_n = draw(model, indices, labels, sampling, guide)
+        seconds = (time.perf_counter() - began) * len(missing) / chunk_size
         if not torch.isfinite(z_n).all():
-            raise UserError(f"samples {start} to {start + chunk_size - 1} of {weights} are not finite; was it trained?")
-        save_tensors(file, {"z_n": z_n, "labels": labels})
-        state.print(f"sampled {min(start + chunk_size * state.num_processes, sampling.n)} of {sampling.n}")
+            raise UserError(f"samples {indices.start} to {indices[-1]} of {weights} are not finite; was it trained?")
+        chunks.save(missing, {"z_n": z_n, "labels": labels}, seconds)
+        state.print(f"sampled {min(missing.start + chunk_size * state.num_processes, sampling.n)} of {sampling.n}")
     state.wait_for_everyone()
     if state.is_main_process:
-        _merge(out, chunks, starts, sampling.n)
+        parts = [chunks.load(indices) for indices in chunks.ranges]
+        merged = {key: torch.cat([part[key] for part in parts])[: sampling.n] for key in ("z_n", "labels")}
+        save_tensors(out / "latents.safetensors", merged)
+        speed = {"samples_per_s": chunks.samples_per_s() * state.num_processes, "processes": state.num_processes}
+        write_json(out / "speed.json", speed | {"device": str(state.device)})
         _describe(out, request, model, weights, reference, sampling.n)
-        shutil.rmtree(chunks)
+        chunks.remove()
     state.wait_for_everyone()
     return out
 
@@ -154,7 +159,7 @@ def load_guide(weights: Path, main_weights: Path, model: DiT, family: str | None
     """The weaker model of autoguidance, on the device of `model`; UserError unless both draw the same latents."""
     guide = load_dit(weights, family)
     shapes, classes = [latent_shape(guide), latent_shape(model)], [guide.num_classes, model.num_classes]
-    statistics = [_trained_on(file).get("z_stats") for file in (weights, main_weights)]
+    statistics = [trained_on(file).get("z_stats") for file in (weights, main_weights)]
     for difference, found in {
         f"latents of {shapes[0]}, not {shapes[1]}": shapes[0] != shapes[1],
         f"{classes[0]} classes, not {classes[1]}": classes[0] != classes[1],
@@ -192,23 +197,7 @@ def _finished(out: Path, request: dict, n: int) -> bool:
     return found["n"] == n and found["request"] == sha256_json(request) and (out / "latents.safetensors").exists()
 
 
-def _prepare(chunks: Path, request: dict) -> None:
-    """Keep chunks of the same request, whatever their number; drop those of another one."""
-    if chunks.exists() and (not (chunks / "request.json").exists() or read_json(chunks / "request.json") != request):
-        shutil.rmtree(chunks)
-    (chunks.parent / "sample_set.json").unlink(
-        missing_ok=True
-    )  # written last: while it is absent, the set is unfinished
-    write_json(chunks / "request.json", request)
-
-
-def _merge(out: Path, chunks: Path, starts: range, n: int) -> None:
-    parts = [load_tensors(chunks / f"{start:09d}.safetensors") for start in starts]
-    merged = {key: torch.cat([part[key] for part in parts])[:n].contiguous() for key in ("z_n", "labels")}
-    save_tensors(out / "latents.safetensors", merged)
-
-
-def _trained_on(weights: Path) -> dict:
+def trained_on(weights: Path) -> dict:
     """What the trainer wrote about the cache into a weights file; torch files of other people have nothing of it."""
     if weights.suffix != ".safetensors":
         return {}
@@ -217,9 +206,9 @@ def _trained_on(weights: Path) -> dict:
 
 
 def _describe(out: Path, request: dict, model: DiT, weights: Path, reference: str, n: int) -> None:
-    trained_on = _trained_on(weights)
-    if "z_stats" in trained_on:
-        write_json(out / "z_stats.json", trained_on["z_stats"])
+    told = trained_on(weights)
+    if "z_stats" in told:
+        write_json(out / "z_stats.json", told["z_stats"])
     description = {
         "n": n,
         **request,
@@ -228,8 +217,9 @@ def _describe(out: Path, request: dict, model: DiT, weights: Path, reference: st
         "model": model.config,
         "latent_shape": list(latent_shape(model)),
         "num_classes": model.num_classes,
-        "class_names": trained_on.get("class_names"),
-        "z_stats": "z_stats.json" if "z_stats" in trained_on else None,
+        "class_names": told.get("class_names"),
+        "z_stats": "z_stats.json" if "z_stats" in told else None,
+        "images": told.get("images"),
         "latents_sha256": sha256_file(out / "latents.safetensors"),
     }
     write_json(out / "sample_set.json", description)

@@ -42,7 +42,7 @@ def build(cfg: BuildConfig) -> dict:
                 images = Images(cfg.dataset, sources, {s: entry["skipped"] for s, entry in settings["splits"].items()})
                 tokenizer.encoder.to(processes.device)
                 with exact_arithmetic(cfg.threads):
-                    _encode(folder, processes, tokenizer, images, cfg.dataset.workers)
+                    _encode(folder, processes, tokenizer, images, cfg.dataset.reading_processes)
                     normalise_shards(folder, processes, images.labels, statistics_of(folder))
     return load_manifest(root)
 

@@ -39,7 +39,7 @@ def dry_run(cfg: BuildConfig) -> str:
     size = sum(folder.layout.file_bytes(len(job.samples)) for job in folder.jobs)
     train = ImageDataset(sources["train"], cfg.dataset, train=False)
     reading, encoding, gflop = measure(cfg, tokenizer, train, settings, device)
-    workers = cfg.dataset.workers
+    workers = cfg.dataset.reading_processes
     seconds = max(reading / workers, encoding) if workers else reading + encoding
     hours = seconds * sum(map(len, sources.values())) / processes.world / 3600
     lines = {

@@ -49,6 +49,14 @@ class Discriminator(nn.Module):
         for convolution in self.convolutions:
             nn.init.normal_(convolution.parametrizations.weight.original, std=0.02)
 
+    @torch.no_grad()
+    def update_norms(self) -> None:
+        """One power iteration of every spectral norm, then evaluation mode: the step's losses all see one network."""
+        self.train()
+        for convolution in self.convolutions:
+            _ = convolution.weight  # computing it iterates
+        self.eval()
+
     def logits(self, images: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """[B] before the sigmoid; images are clamped to [-1, 1]."""
         h = images.clamp(-1, 1)

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from ssdd.engine.weights import find, has, load_tensors
 
 PERCEPTUAL_METRICS = {"LPIPS": "alexnet", "lite0_distance": "efficientnet_lite0", "DreamSim": "dreamsim"}
 """Metric of an evaluation -> weights that it needs."""
+
+DREAMSIM_HUB_FILES = ("facebookresearch_dino_main/hubconf.py", "checkpoints/dino_vitbase16_pretrain.pth")
+"""What the package dreamsim has torch.hub fetch into its weights' folder, and run, where it is not there yet."""
 
 EPS = 1e-8
 """Under the root of the feature norm, as in the published SSDD training (the package's 1e-10 gives infinite slopes)."""
@@ -112,7 +116,9 @@ class DreamSim(nn.Module):
     """DreamSim (Fu et al. 2023), the ensemble that is the package's default.
 
     The package `dreamsim` brings architecture and distance; its weights come from the search path. UserError when
-    either is missing. Images become 224 px by Pillow's antialiased bicubic on 8-bit pixels, as the package has it.
+    either is missing. The package runs the code of facebookresearch/dino, through torch.hub, which would download it:
+    that code has to be in the weights' folder, where someone put it who wants it run. Images become 224 px by Pillow's
+    antialiased bicubic on 8-bit pixels, as the package has it.
     """
 
     SIDE = 224
@@ -121,7 +127,7 @@ class DreamSim(nn.Module):
         super().__init__()
         if importlib.util.find_spec("dreamsim") is None:
             raise UserError("the metric DreamSim needs its package: pip install dreamsim")
-        folder, hub = find("dreamsim"), torch.hub.get_dir()
+        folder, hub = _dreamsim_folder(), torch.hub.get_dir()
         from dreamsim import dreamsim
 
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
@@ -152,6 +158,18 @@ class DreamSim(nn.Module):
         return super().train(False)
 
 
+def _dreamsim_folder() -> Path:
+    """The weights of DreamSim with all that the package would download else. UserError when anything is missing."""
+    folder = find("dreamsim")
+    if lacking := [name for name in DREAMSIM_HUB_FILES if not (folder / name).is_file()]:
+        raise UserError(
+            f"{folder} lacks {' and '.join(lacking)}, which the package dreamsim fetches from the network and runs: "
+            "on a connected machine `python -c \"from dreamsim import dreamsim; dreamsim(device='cpu', "
+            f"cache_dir='{folder.name}')\"`, beside that folder, adds them to it"
+        )
+    return folder
+
+
 def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, Lpips | FeatureDistance | DreamSim]:
     """The perceptual metrics among `names`; "auto" stands for all whose weights (and package) are on this machine.
 
@@ -172,5 +190,10 @@ def automatic_without_weights(names: Sequence[str]) -> list[str]:
 
 
 def _is_here(metric: str) -> bool:
-    packaged = metric != "DreamSim" or importlib.util.find_spec("dreamsim") is not None
-    return packaged and has(PERCEPTUAL_METRICS[metric])
+    if metric != "DreamSim":
+        return has(PERCEPTUAL_METRICS[metric])
+    try:
+        _dreamsim_folder()
+    except UserError:
+        return False
+    return importlib.util.find_spec("dreamsim") is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from ssdd.encoder import Encoder, parse_encoder_name
 from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.flow import Velocity, euler, time_grid
-from ssdd.foreign import SD_VAE, KLEncoder, adopt
+from ssdd.foreign import SD_VAE, KLEncoder, adopt, encoder_fingerprint
 from ssdd.kl_decoder import KLDecoder
 from ssdd.latent import DiagonalGaussian
 from ssdd.tiling import Tile, blend, tile_image
@@ -209,13 +208,7 @@ class SSDD(nn.Module):
         """
         if self._exact_fingerprint and next(self.encoder.parameters()).dtype in HALF:
             return self._exact_fingerprint
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.encoder.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.float().contiguous().cpu().numpy().tobytes())
-        if isinstance(self.encoder, KLEncoder):
-            digest.update(f"scale {self.encoder.scale} shift {self.encoder.shift}".encode())
-        return digest.hexdigest()
+        return encoder_fingerprint(self.encoder)
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -191,7 +191,7 @@ def eval_batches(
 def read_split(cfg: DatasetConfig, split: str) -> tuple[Tensor, Tensor, int]:
     """All images of a split as evaluation sees them, uint8 [n, 3, s, s], labels [n], and the number of classes."""
     dataset = ImageDataset(open_source(cfg, split), cfg, train=False)
-    parts = [(to_uint8(x), labels) for x, labels, _ in eval_batches(dataset, 256, workers=cfg.workers)]
+    parts = [(to_uint8(x), labels) for x, labels, _ in eval_batches(dataset, 256, workers=cfg.reading_processes)]
     images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     return images, labels, len(dataset.source.class_names)
 

@@ -51,16 +51,16 @@ class SetScores:
     def __init__(self, networks: Sequence[FeatureNetwork], keep_features: bool = True):
         self.networks = list(networks)
         self.keep_features = keep_features
-        self._collected: dict[str, list[_Collected]] = {}
+        self._collected: dict[str, list[Collected]] = {}
 
     def update(self, name: str, images: Tensor, indices: Tensor) -> None:
         """Add uint8 images [n, 3, H, W] with their indices (int64 [n]) to the set `name`."""
         for network, collected in zip(self.networks, self._sets(name), strict=True):
             collected.update(network.outputs(images), indices)
 
-    def _sets(self, name: str) -> list[_Collected]:
+    def _sets(self, name: str) -> list[Collected]:
         if name not in self._collected:
-            self._collected[name] = [_Collected(network, self.keep_features) for network in self.networks]
+            self._collected[name] = [Collected(network, self.keep_features) for network in self.networks]
         return self._collected[name]
 
     def compute(self) -> dict[str, dict[str, Statistics]]:
@@ -75,29 +75,39 @@ class SetScores:
         }
 
 
-class _Collected:
-    """What one network says of one set: features, and moments of its spatial features and logits where it has them."""
+class Collected:
+    """What one network says of one set: features, and moments of its spatial features and logits where it has them.
 
-    def __init__(self, network: FeatureNetwork, keep_features: bool):
-        self.features = FeatureStatistics(network.dim, keep_features)
+    keep: the features of all images (True), of none, or of those of these indices (int64 [n]) beside moments of all.
+    """
+
+    def __init__(self, network: FeatureNetwork, keep: bool | Tensor):
+        self.chosen = keep if isinstance(keep, Tensor) else None
+        self.features = FeatureStatistics(network.dim, keep_features=keep is True)
+        self.kept = FeatureStatistics(network.dim) if self.chosen is not None else None
         self.spatial = FeatureStatistics(network.spatial_dim, keep_features=False) if network.spatial_dim else None
         self.score = InceptionScore(network.classes) if network.classes else None
 
     def update(self, outputs: Outputs, indices: Tensor) -> None:
         self.features.update(outputs.features, indices)
+        if self.kept is not None:
+            kept = torch.isin(indices, self.chosen)
+            self.kept.update(outputs.features[kept.to(outputs.features.device)], indices[kept])
         if self.spatial is not None:
             self.spatial.update(outputs.spatial, indices)
         if self.score is not None:
             self.score.update(outputs.logits, indices)
 
     def reduce(self) -> None:
-        for part in (self.features, self.spatial, self.score):
+        for part in (self.features, self.kept, self.spatial, self.score):
             if part is not None:
                 part.reduce()
 
     def compute(self) -> Statistics:
+        statistics = self.features.compute()
         return replace(
-            self.features.compute(),
+            statistics,
+            features=statistics.features if self.kept is None else self.kept.compute().features,
             spatial=self.spatial and self.spatial.compute(),
             inception_score=self.score and self.score.compute(),
         )
@@ -156,10 +166,13 @@ def compare(
 
 def drawn(features: Tensor, count: int) -> Tensor:
     """`count` rows of features [n, dim], always the same ones, in their order; all where n is no larger."""
-    if len(features) <= count:
-        return features
-    order = torch.randperm(len(features), generator=batch_generator("cpu", "reference images", len(features)))
-    return features[order[:count].sort().values]
+    return features if len(features) <= count else features[drawn_indices(len(features), count)]
+
+
+def drawn_indices(total: int, count: int) -> Tensor:
+    """`count` of `total` indices, always the same ones, ascending: int64 [min(count, total)]."""
+    order = torch.randperm(total, generator=batch_generator("cpu", "reference images", total))
+    return order[:count].sort().values
 
 
 def frechet_floor(reference: Statistics, count: int) -> tuple[float, tuple[int, int]] | None:

@@ -58,10 +58,18 @@ class DatasetConfig:
     """Mirror half of the training images; null: what the source allows (no for digits and Fashion-MNIST, else yes)."""
     crop: str = field(default="resize", metadata={"choices": ("resize", "adm")})
     """Test-time crop: resize (bilinear short side, centre crop; the paper's) or adm (box halving, bicubic; gFID's)."""
-    workers: int = 0
-    """Processes that decode images; 0 decodes in the training process. The batches are the same for any number."""
+    workers: int | None = None
+    """Processes that decode images; 0: the training process itself; null: one a core, up to 8, for files and shards,
+    else 0. The batches are the same for any number."""
     on_corrupt: str = field(default="error", metadata={"choices": ("error", "skip")})
     """An unreadable image file: stop with its path (error), or leave it out and count it (skip)."""
+
+    @property
+    def reading_processes(self) -> int:
+        """`workers`, with null replaced."""
+        if self.workers is None:
+            return min(8, os.cpu_count() or 1) if self.source in ("imagefolder", "webdataset") else 0
+        return self.workers
 
 
 @dataclass

@@ -141,7 +141,7 @@ class Evaluation:
     def _batches(self, dataset: ImageDataset):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         for x, labels, indices in eval_batches(
-            dataset, self.cfg.evaluation.batch_size, rank, world, self.cfg.dataset.workers
+            dataset, self.cfg.evaluation.batch_size, rank, world, self.cfg.dataset.reading_processes
         ):
             yield x.to(self.device, memory_format=torch.channels_last), labels, indices
 

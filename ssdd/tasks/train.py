@@ -173,17 +173,17 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     def discriminator_backward(part: slice) -> torch.Tensor:
         """Gradients of the discriminator's loss on the images of the last forward pass; the loss, detached."""
         prediction, x_t, t = objective.images.seen
-        discriminator.requires_grad_(True).train(part.start == 0)  # spectral norms iterate once a step
+        discriminator.requires_grad_(True)
         with nullcontext() if part.stop == rows else accelerator.no_sync(adversary):
             with accelerator.autocast():
                 loss = adversary(x[part], prediction, x_t, t)
             accelerator.backward(cfg.losses.gan_train * loss / training.grad_accumulate)
-        discriminator.requires_grad_(False).eval()
+        discriminator.requires_grad_(False)
         return loss.detach()
 
     z_shape = (network.z_dim, cfg.dataset.im_size // network.f, cfg.dataset.im_size // network.f)
     time_args = cfg.ssdd.fm_trainer.t_sampler_args
-    batches = train_batches(dataset, batch_size, cfg.seed, start, rank, world, cfg.dataset.workers)
+    batches = train_batches(dataset, batch_size, cfg.seed, start, rank, world, cfg.dataset.reading_processes)
     began = time.perf_counter() - state["seconds"]
     throughput = Throughput(device, accelerator.mixed_precision, batch_size, flop, world, start)
     progress = ProgressLog(
@@ -210,6 +210,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 group["lr"] = lr
             active = active_terms(cfg, objective.terms, step)
             adversarial = "gan_disc" in active
+            if adversarial:
+                discriminator.update_norms()
 
             # Accumulate gradients; processes exchange them in the last part only, sharded ones in each.
             size = rows // training.grad_accumulate

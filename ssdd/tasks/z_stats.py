@@ -28,7 +28,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     tokenizer = build_encoder(cfg).to(accelerator.device).eval()
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=False)
     values, total, squares = 0, 0.0, 0.0
-    for x, _, _ in eval_batches(dataset, cfg.evaluation.batch_size, workers=cfg.dataset.workers):
+    for x, _, _ in eval_batches(dataset, cfg.evaluation.batch_size, workers=cfg.dataset.reading_processes):
         z = tokenizer.encode(x.to(accelerator.device)).mode().double().cpu()  # [B, c, h, w]
         values += z.numel() // tokenizer.z_dim
         total += z.sum(dim=(0, 2, 3))

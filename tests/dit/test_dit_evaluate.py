@@ -32,6 +32,7 @@ def evaluate(folder, *arguments: str) -> dict:
     argv = [
         "task=evaluate",
         f"samples={folder / 'samples'}",
+        f"ckpt_dir={folder}",
         f"out={folder / 'evaluation'}",
         f"evaluation.decoders=[one:{tokenizer}:1,same:{tokenizer}:1,two:{tokenizer}:2]",
         "evaluation.features=[efficientnet_lite0]",

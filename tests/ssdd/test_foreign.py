@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ssdd import SSDD
+from ssdd.decoders import open_rows
 from ssdd.engine.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
@@ -102,3 +103,16 @@ def test_latents_of_other_factors_have_another_fingerprint(vae_folder):
     fingerprint = SSDD(vae, "XXS").encoder_fingerprint()
     vae.register_to_config(scaling_factor=0.5)
     assert SSDD(vae, "XXS").encoder_fingerprint() != fingerprint
+
+
+def test_a_whole_vae_is_a_row_beside_tokenizers_with_its_encoder(vae_folder, tmp_path):
+    vae = diffusers.AutoencoderKL.from_pretrained(vae_folder).eval()
+    (row,) = open_rows([f"kl:diffusers:{vae_folder}"], tmp_path, torch.device("cpu"))
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    z = row.tokenizer.encode(x).mode()
+    with torch.no_grad():
+        expected = vae.decode(vae.encode(x).latent_dist.mode()).sample
+    assert torch.allclose(row.tokenizer.decode(z, row.steps, noise=None), expected, atol=1e-5)
+    tokenizer = SSDD({"name": "diffusers", "path": str(vae_folder)}, "XXS")
+    assert row.tokenizer.encoder_fingerprint() == tokenizer.encoder_fingerprint()
+    assert row.provenance()["decoder"] == "AutoencoderKL" and len(row.checksum) == 64

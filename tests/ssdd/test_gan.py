@@ -9,8 +9,11 @@ import torch
 
 from ssdd.engine.checkpoint import load
 from ssdd.engine.errors import UserError
+from ssdd.engine.optim import parameter_groups
+from ssdd.engine.run import RunDirectory
 from ssdd.gan import Discriminator
 from ssdd.objective import FlowObjective, ImageLosses
+from ssdd.tasks.networks import build_discriminator
 from ssdd.tasks.train import run
 from tests.ssdd.test_distill import draws, images
 
@@ -80,3 +83,30 @@ def test_it_starts_at_its_step_and_not_before(config, tmp_path):
 def test_images_that_are_too_small_for_it_are_refused(config):
     with pytest.raises(UserError, match="needs images of 32 px"):
         run(config("losses.gan_disc=0.5"))
+
+
+def test_a_discriminator_that_is_not_finite_stops_the_run_before_it_is_saved(config, tmp_path, monkeypatch):
+    forward = Discriminator.forward
+    monkeypatch.setattr(Discriminator, "forward", lambda *arguments: forward(*arguments) * float("nan"))
+    with pytest.raises(UserError, match="not finite at step 1; training stopped before the first checkpoint"):
+        run(config(*GAN, "training.steps=2", "gan.start_iter=0"))
+    assert not (tmp_path / "jobs" / "tokenizer" / "checkpoints" / "last").exists()
+    with pytest.raises(UserError, match="one loss scale"):
+        build_discriminator(config(*GAN, "training.mixed_precision=fp16"))
+
+
+def test_accumulated_parts_see_the_same_discriminator(config, tmp_path):
+    lines = []
+    for parts in (1, 2):
+        run(config(*GAN, "training.steps=2", "gan.start_iter=0", f"run_name=parts{parts}",
+                   f"training.grad_accumulate={parts}"))  # fmt: skip
+        lines.append(RunDirectory(tmp_path, f"parts{parts}").read_metrics())
+    for whole, accumulated, close in zip(*lines, (1e-5, 1e-3), strict=True):
+        for name in ("gan_disc", "gan_train", "diffusion", "grad_norm"):
+            assert accumulated[name] == pytest.approx(whole[name], rel=close)
+
+
+def test_its_convolutions_are_decayed(discriminator):
+    decayed = parameter_groups(dict(discriminator.named_parameters()), discriminator, 0.1)[0]["params"]
+    for convolution in discriminator.convolutions:
+        assert any(p is convolution.parametrizations.weight.original for p in decayed)

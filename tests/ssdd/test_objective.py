@@ -8,7 +8,8 @@ import torch
 
 from ssdd.distill import DistillationObjective
 from ssdd.flow import euler, time_grid
-from ssdd.objective import Draws, FlowObjective, step_draws, weighted_sum
+from ssdd.objective import Draws, FlowObjective, ImageLosses, step_draws, weighted_sum
+from ssdd.tasks.train import active_terms
 
 WEIGHTS = {"diffusion": 1.0, "lpips": 0.0, "kl": 1e-6}
 
@@ -73,3 +74,29 @@ def test_distillation_is_the_distance_to_the_teachers_euler_image_from_the_same_
 def test_a_student_that_is_its_one_step_teacher_has_no_loss(tokenizer):
     terms = DistillationObjective(copy.deepcopy(tokenizer), tokenizer, teacher_steps=1)(images(), small_draws())
     assert terms["diffusion"] < 1e-10
+
+
+class Difference(torch.nn.Module):
+    """Stands for LPIPS: distances [B] of images."""
+
+    calls = 0
+
+    def forward(self, images, originals):
+        self.calls += 1
+        return (images - originals).abs().mean(dim=(1, 2, 3))
+
+
+def test_an_image_loss_reaches_the_decoder_and_is_computed_while_it_is_active_only(tokenizer):
+    lpips = Difference()
+    objective = FlowObjective(tokenizer, ImageLosses(lpips), with_kl=False)
+    assert objective.terms == ["diffusion", "lpips"]
+    assert set(objective(images(), small_draws(), active=["diffusion"])) == {"diffusion"} and lpips.calls == 0
+    objective(images(), small_draws(), active=["diffusion", "lpips"])["lpips"].backward()
+    assert lpips.calls == 1 and tokenizer.decoder.conv_out.weight.grad.any()
+
+
+def test_terms_are_active_from_their_start_on(config):
+    cfg = config("losses_start.lpips=2", "losses_start.repa=3", "gan.start_iter=4")
+    terms = ["diffusion", "lpips", "repa", "gan_disc", "kl"]
+    assert [len(active_terms(cfg, terms, step)) for step in range(6)] == [2, 2, 3, 4, 5, 5]
+    assert active_terms(cfg, terms, 3) == ["diffusion", "lpips", "repa", "kl"]

@@ -18,7 +18,14 @@ from PIL import Image
 from ssdd.engine import weights
 from ssdd.engine.errors import UserError
 from ssdd.engine.pictures import from_uint8
-from ssdd.perceptual import DreamSim, FeatureDistance, Lpips, automatic_without_weights, load_metrics
+from ssdd.perceptual import (
+    DREAMSIM_HUB_FILES,
+    DreamSim,
+    FeatureDistance,
+    Lpips,
+    automatic_without_weights,
+    load_metrics,
+)
 
 
 def test_lpips_equals_the_package_on_the_same_weights(tmp_path, monkeypatch):
@@ -106,7 +113,21 @@ def fake_dreamsim(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "dreamsim", module)
     for member in weights.PRETRAINED["dreamsim"].members:
         (tmp_path / "dreamsim_ensemble" / member).mkdir(parents=True)
+    for name in DREAMSIM_HUB_FILES:
+        path = tmp_path / "dreamsim_ensemble" / name
+        path.parent.mkdir()
+        path.touch()
     return calls
+
+
+def test_dreamsim_is_not_opened_where_its_package_would_download_code_and_run_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSDD_WEIGHTS", str(tmp_path))
+    calls = fake_dreamsim(tmp_path, monkeypatch)
+    (tmp_path / "dreamsim_ensemble/facebookresearch_dino_main/hubconf.py").unlink()
+    assert "DreamSim" in automatic_without_weights(["auto"]) and "DreamSim" not in load_metrics(["auto"], "cpu")
+    with pytest.raises(UserError, match=r"dreamsim_ensemble lacks facebookresearch_dino_main/hubconf\.py, .* fetches"):
+        load_metrics(["DreamSim"], "cpu")
+    assert not calls
 
 
 def test_dreamsim_calls_the_package_on_images_as_the_package_prepares_them(tmp_path, monkeypatch):
@@ -141,3 +162,11 @@ def test_auto_leaves_out_what_is_missing_and_a_name_is_an_error(alexnet, tmp_pat
     (tmp_path / "dreamsim_ensemble" / "ensemble_lora").rmdir()
     with pytest.raises(UserError, match="unzip -d dreamsim_ensemble"):
         load_metrics(["DreamSim"], "cpu")
+
+
+def test_lpips_is_float32_under_autocast(alexnet):
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    exact = Lpips("alex")(images, -images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Lpips("alex")(images, -images)
+    assert found.dtype == torch.float32 and torch.allclose(found, exact, rtol=0.05)

@@ -90,3 +90,16 @@ def test_it_reaches_its_head_and_the_decoder_up_to_its_block_only(tokenizer):
     assert all(p.grad.any() for p in objective.repa.repa_mlp.parameters())
     assert first.attn1.to_q.weight.grad.any() and second.attn1.to_q.weight.grad is None
     assert tokenizer.decoder.conv_in.weight.grad.any() and tokenizer.decoder.conv_out.weight.grad is None
+
+
+def test_before_its_start_it_costs_no_teacher_and_gives_its_head_a_gradient_of_zero(tokenizer):
+    class Forbidden(Teacher):
+        def forward(self, images):
+            raise AssertionError("the teacher was asked")
+
+    objective = FlowObjective(tokenizer, repa=RepaLoss(64, Forbidden()), repa_block=0, with_kl=False)
+    terms = objective(images(), draws(), active=["diffusion"])
+    assert terms["repa"].item() == 0
+    sum(terms.values()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in objective.repa.repa_mlp.parameters())
+    assert tokenizer.decoder.conv_out.weight.grad.any()

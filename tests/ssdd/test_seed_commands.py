@@ -34,7 +34,7 @@ TRAINING = {
     "ssdd.checkpoint=f8c4_M_128 ssdd.fm_sampler.steps=7 distill_teacher=true",
     "with_gan": "dataset.im_size=128 +blocks=gan gan.start_iter=2",
 }
-STEPS = 10
+STEPS = 7
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_every_stage_evaluation_and_statistics_of_the_published_readme(photograp
         lines = directory.read_metrics()
         losses = [line["diffusion"] for line in lines if "diffusion" in line]
         assert len(losses) == STEPS and {"lpips", "repa"} <= set(lines[0])
-        assert sum(losses[-2:]) < 0.8 * sum(losses[:2]), (name, losses)
+        assert sum(losses[-2:]) < 0.85 * sum(losses[:2]), (name, losses)
         if name == "with_gan":
             values = [line.get("gan_train", 0) for line in lines if "diffusion" in line]
             assert values[:2] == [0, 0] and all(value > 0 for value in values[2:])

@@ -58,3 +58,13 @@ def test_distillation_from_stored_targets_learns_and_is_another_run_than_online(
     assert len(list((tmp_path / "cache").iterdir())) == 1
     with pytest.raises(UserError, match="not for distill.z=noisy"):
         run(config(*CACHED, "run_name=other", "distill.z=noisy"))
+
+
+def test_targets_of_another_encoder_are_others_and_a_run_keeps_its_way_of_distilling(config, tmp_path):
+    run(config("training.steps=2", "run_name=teacher", "ssdd.encoder_train=true"))
+    run(config("training.steps=2", "run_name=other", "ssdd.encoder_train=true", "seed=1"))
+    run(config(*CACHED, "training.steps=2", "training.save_every=1"))
+    run(config(*CACHED, "training.steps=2", "run_name=replaced", "ssdd.encoder_checkpoint=other"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    with pytest.raises(UserError, match="distill was"):
+        run(config(*CACHED, "training.steps=2", "distill.targets=online"))

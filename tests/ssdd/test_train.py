@@ -18,6 +18,7 @@ from ssdd import SSDD
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
 from ssdd.engine.run import RunDirectory
+from ssdd.perceptual import FeatureDistance
 from ssdd.tasks.train import run
 from tests.ssdd.conftest import ARGUMENTS
 
@@ -167,7 +168,7 @@ def test_sharded_processes_train_as_data_parallel_ones_and_continue_alone(tmp_pa
         output = process.communicate()[0]
         assert process.returncode == 0, output
         rows = RunDirectory(run.parents[1], "tokenizer").read_metrics()
-        return [{name: row[name] for name in values} for row in rows]
+        return [{name: row[name] for name in values if name in row} for row in rows]
 
     values = ("step", "diffusion", "kl", "gan_disc", "gan_train", "grad_norm")
     rows_whole, rows_sharded = train(whole, False, 2), train(sharded, True, 2)
@@ -253,5 +254,37 @@ def test_the_students_file_decodes_in_one_step_and_its_run_belongs_to_its_teache
     run(config(*arguments))
     assert SSDD.from_pretrained("tokenizer", tmp_path).config["fm_sampler"]["steps"] == 1
     assert SSDD.from_pretrained("teacher", tmp_path).config["fm_sampler"]["steps"] == 2
-    with pytest.raises(UserError, match="teacher_steps was 2, is 3"):
+    with pytest.raises(UserError, match="sampler was"):
         run(config(*arguments, "ssdd.fm_sampler.steps=3"))
+
+
+def test_a_loss_is_computed_from_its_start_on_and_logged_over_the_steps_that_had_it(config, tmp_path, monkeypatch):
+    calls = []
+    features = FeatureDistance.features
+    monkeypatch.setattr(FeatureDistance, "features", lambda self, x: calls.append(len(x)) or features(self, x))
+    run(config("training.steps=4", "losses.features=0.5", "losses_start.features=2", "training.log_freq=4"))
+    first, last = RunDirectory(tmp_path, "tokenizer").read_metrics()
+    assert "features" not in first and last["features"] > 0
+    assert len(calls) == 2 * 2 + 2  # images and originals of two steps, and once to count FLOP
+
+
+def test_a_run_knows_its_objective_and_takes_other_steps_of_evaluation(config):
+    run(config("training.steps=2", "training.save_every=1"))
+    run(config("training.steps=2", "ssdd.fm_sampler.steps=3"))
+    with pytest.raises(UserError, match="objective was flow, is direct"):
+        run(config("training.steps=2", "objective=direct"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ssdd.fm_sampler.steps=0"], "ssdd.fm_sampler.steps=0 must be at least 1"),
+        (["training.epochs=0"], "training.epochs=0 must be at least 1"),
+        (["training.grad_clip=-1"], "must not be negative"),
+        (["distill_teacher=true", "objective=direct", "ssdd.checkpoint=tokenizer"], "choose one"),
+    ],
+)
+def test_numbers_and_options_that_contradict_themselves_are_refused(config, arguments, message):
+    run(config("training.steps=1"))
+    with pytest.raises(UserError, match=message):
+        run(config("run_name=refused", *arguments))

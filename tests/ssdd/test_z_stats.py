@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ssdd import LatentNorm
+from ssdd.engine.checkpoint import save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.tasks.z_stats import run
 
@@ -31,3 +32,11 @@ def test_without_weights_it_says_what_to_give(config):
         run(config("task=z_stats"))
     with pytest.raises(UserError, match="no weights for 'nobody'"):
         run(config("task=z_stats", "ssdd.encoder_checkpoint=nobody"))
+
+
+def test_a_file_of_the_encoder_alone_is_enough(tokenizer, config, tmp_path):
+    weights = {f"encoder.{name}": value for name, value in tokenizer.encoder.state_dict().items()}
+    save_tensors(tmp_path / "encoder.safetensors", weights)
+    run(config("task=z_stats", f"ssdd.encoder_checkpoint={tmp_path / 'encoder.safetensors'}"))
+    path = tmp_path / "jobs" / "tokenizer" / "z_stats.json"
+    assert LatentNorm.load(path, tokenizer.encoder_fingerprint()).count == 32
