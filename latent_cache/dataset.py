@@ -156,15 +156,16 @@ class LatentDataset(torch.utils.data.Dataset):
         return latents, torch.from_numpy(self._labels[indices]).to(latents.device)
 
     def _mapped_rows(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
-        """Stored rows float16 [n, K h w], copied one by one: for rows of kilobytes that is memory speed."""
+        """Stored rows float16 [n, K h w]: the bytes of each, joined, which for rows of kilobytes is memory speed."""
+        if not len(indices):
+            return torch.empty(0, int(np.prod(self._layout.shape)), dtype=torch.float16)
         numbers, places = np.divmod(indices, self.manifest["samples_per_shard"])
-        shards = {number: self.shard(number).views for number in set(numbers.tolist())}
-        where = zip(numbers.tolist(), views.tolist(), places.tolist(), strict=True)
-        parts = [shards[number][view][place] for number, view, place in where]
-        rows = np.empty((len(parts), int(np.prod(self._layout.shape))), dtype=np.float16)
-        if parts:
-            np.concatenate(parts, out=rows.reshape(-1))
-        return torch.from_numpy(rows)
+        memory = {number: self.shard(number).memory for number in set(numbers.tolist())}
+        starts = self._layout.row_starts(places, views)
+        stops = starts + self._layout.row_bytes
+        where = zip(numbers.tolist(), starts.tolist(), stops.tolist(), strict=True)
+        rows = bytearray().join([memory[number][start:stop] for number, start, stop in where])
+        return torch.frombuffer(rows, dtype=torch.float16).view(len(indices), -1)
 
     def _preloaded_rows(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
         """Stored rows float16 [n, K h w] on the device of the pre-loaded ones."""

@@ -45,6 +45,16 @@ class ShardLayout:
         """Extensions of the members that hold latents."""
         return ("npy", "flip.npy") if self.flip else ("npy",)
 
+    @property
+    def row_bytes(self) -> int:
+        """Size of the values of one row."""
+        return self.record["npy"].itemsize
+
+    def row_starts(self, places: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Where the values of samples number `places` of a shard begin, in the views number `views`: int64 [n]."""
+        offsets = np.array([self.record.fields[extension][1] for extension in self.views])
+        return places * self.record.itemsize + offsets[views]
+
     @cached_property
     def npy_header(self) -> bytes:
         """What a .npy file of one row begins with."""
@@ -91,7 +101,7 @@ class ShardLayout:
         records["cls"] = labels.astype(f"S{LABEL_BYTES}")
         sizes = np.char.str_len(records["cls"])
         records["cls:tar"] = [np.void(self.tar_header(first + row, "cls", int(size))) for row, size in enumerate(sizes)]
-        member_bytes = len(self.npy_header) + self.record["npy"].itemsize
+        member_bytes = len(self.npy_header) + self.row_bytes
         for number, extension in enumerate(self.views):
             records[extension] = views[:, number].reshape(len(labels), -1)
             records[f"{extension}:npy"] = np.void(self.npy_header)
@@ -118,7 +128,7 @@ def write_shard(path: Path, layout: ShardLayout, first: int, views: np.ndarray, 
 
 
 class Shard:
-    """A shard mapped into memory: `views[view][number]` is a stored row.
+    """A shard mapped into memory: `views[view][number]` is a stored row, `memory` all bytes of the file.
 
     UserError when the file has another size, or does not begin and end with samples samples[0] and samples[-1] of
     this layout.
@@ -131,14 +141,16 @@ class Shard:
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
             raise UserError(f"{path} {found}: copy it again from where it is whole, or build the cache again")
-        self.records = np.memmap(path, layout.record, mode="r", shape=(len(samples),)).view(np.ndarray)
+        mapped = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+        self.memory = memoryview(mapped)
+        self.records = mapped[: len(samples) * layout.record.itemsize].view(layout.record)
         self.views = [self.records[extension] for extension in layout.views]  # float16 [n, K h w] each
         for row in {0, len(samples) - 1}:
             self._check_headers(row)
 
     def _check_headers(self, row: int) -> None:
         record, layout = self.records[row], self.layout
-        member_bytes = len(layout.npy_header) + layout.record["npy"].itemsize
+        member_bytes = len(layout.npy_header) + layout.row_bytes
         expected = {"cls:tar": layout.tar_header(self.samples[row], "cls", len(record["cls"]))}
         for extension in layout.views:
             expected[f"{extension}:tar"] = layout.tar_header(self.samples[row], extension, member_bytes)

@@ -1,4 +1,4 @@
-"""How fast latents are read: `python scripts/bench.py cache`, in one process, on one thread, from a warm page cache."""
+"""How fast latents are read: `python scripts/bench.py cache`, in one process, from a warm page cache."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def cache() -> int:
         if (free := shutil.disk_usage(root).free) < ROOM:
             raise UserError(f"{root} has {free / 1e9:.1f} GB free, this needs {ROOM / 1e9:.0f}: set TMPDIR")
         write_caches(root)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         rates = measure_readers(root)
-        torch.set_num_threads(threads)
         wait = measure_wait(root / "10")
     stock = rates["webdataset"]
-    print(f"{SAMPLES} latents of {SHAPE}, batch {BATCH}, global shuffle; samples/s over {ROUNDS} rounds")
+    print(
+        f"{SAMPLES} latents of {SHAPE}, batch {BATCH}, global shuffle; samples/s over {ROUNDS} rounds, "
+        f"{torch.get_num_threads()} threads"
+    )
     print("reader                        best    median  best / webdataset")
     for name, rate in rates.items():
         print(f"{name:24s} {rate['best']:9.0f} {rate['median']:9.0f} {rate['best'] / stock['best']:12.1f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def process(rank: int, folder: str) -> None:
         for key, tensor in two.state_dict().items():
             assert local(again.state_dict()[key]).equal(local(tensor))
         load_whole(one, model)
-        norms_one, _, ema_one = trained(one, x, name, state)
+        norms_one, _, ema_one = trained(one, x, name, copy.deepcopy(state))  # an optimizer works in what it loads
         norms_two, _, ema_two = trained(again, mine, name, state)
         assert norms_two == pytest.approx(norms_one, rel=1e-3)
         torch.testing.assert_close(gathered(ema_two.tensors()), ema_one.tensors(), rtol=1e-3, atol=1e-5)

@@ -74,7 +74,7 @@ def test_a_changed_run_is_refused_with_every_change_the_folder_and_the_remedy():
 
 def test_finite_steps_pass_and_the_first_bad_step_of_any_process_stops_all():
     check_finite(Processes(-1, -1), torch.tensor(-1), LAST)
-    with pytest.raises(UserError, match=f"not finite at step 3; training stopped, and {LAST} keeps"):
+    with pytest.raises(UserError, match="not finite at step 3; training stopped before the first checkpoint"):
         check_finite(Processes(-1, 3, 9), torch.tensor(-1), LAST)
     with pytest.raises(UserError, match="not finite at step 0;"):
         check_finite(Processes(-1), torch.tensor(0), LAST)

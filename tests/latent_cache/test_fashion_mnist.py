@@ -1,0 +1,117 @@
+"""Fashion-MNIST as a cache, at full length: the same bytes whatever happens, and every image once.
+
+2000 images a split, or as many as SSDD_TEST_IMAGES says: 60000 takes the whole data set, about 15 minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from latent_cache import LatentDataset
+from latent_cache.config import adm_images
+from ssdd.engine.images import ImageDataset, open_source
+from ssdd.engine.pictures import from_uint8
+from ssdd.engine.sources import FASHION_MNIST_FOLDER
+from ssdd.tokenizer import SSDD
+from tests.latent_cache.straight import files
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+IMAGES = int(os.environ.get("SSDD_TEST_IMAGES", "2000"))
+BATCH, SAMPLES_PER_SHARD = 32, max(320, IMAGES // 480 * 32)
+KILLS = 3
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FASHION_MNIST_FOLDER.is_dir(), reason="needs Debian's package dataset-fashion-mnist"),
+]
+
+
+def start(tokenizer: Path, out: Path, world: int = 1) -> subprocess.Popen:
+    """A build under way, in a process group of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    arguments = [f"tokenizer={tokenizer}", f"out={out}", "dataset.source=fashion_mnist", "dataset.im_size=32"]
+    arguments += [f"dataset.limit={IMAGES}", f"samples_per_shard={SAMPLES_PER_SHARD}", f"batch_size={BATCH}"]
+    command = [sys.executable, *launcher, "-m", "latent_cache", "build", *arguments, "device=cpu"]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(build: subprocess.Popen) -> None:
+    _, printed = build.communicate(timeout=3600)
+    assert build.returncode == 0, printed
+
+
+def begun(build: subprocess.Popen, out: Path) -> None:
+    """Wait until the build encodes."""
+    while not any((out / ".partial").rglob("*.npy*")):
+        assert build.poll() is None, build.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizer, tmp_path_factory) -> tuple[Path, float]:
+    """The cache of an undisturbed build by one process, and the seconds that its work took."""
+    out = tmp_path_factory.mktemp("fashion") / "cache"
+    build = start(tokenizer, out)
+    begun(build, out)
+    at = time.monotonic()
+    ended(build)
+    return out, time.monotonic() - at
+
+
+def test_two_processes_write_the_same_directory_as_one(whole, tokenizer, tmp_path):
+    ended(start(tokenizer, tmp_path / "cache", world=2))
+    assert files(tmp_path / "cache") == files(whole[0])
+
+
+def test_a_build_killed_at_three_random_moments_writes_the_same_directory(whole, tokenizer, tmp_path):
+    out, seconds = whole
+    moments = random.Random(0)
+    for _ in range(KILLS):
+        build = start(tokenizer, tmp_path / "cache")
+        begun(build, tmp_path / "cache")
+        time.sleep(moments.uniform(0, 0.8 / KILLS) * seconds)
+        os.killpg(build.pid, signal.SIGKILL)
+        build.communicate()
+        assert build.returncode == -signal.SIGKILL
+    ended(start(tokenizer, tmp_path / "cache"))
+    assert files(tmp_path / "cache") == files(out)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_label_and_the_hash_of_every_row_are_those_of_a_loop_over_the_data(whole, tokenizer, split):
+    cache = LatentDataset(whole[0], split, verify="full")
+    cfg = adm_images()
+    cfg.source, cfg.im_size, cfg.limit = "fashion_mnist", 32, IMAGES
+    images = ImageDataset(open_source(cfg, split), cfg, train=False)
+    assert len(cache) == len(images) == min(IMAGES, 60000 if split == "train" else 10000)
+    model = SSDD.from_pretrained(tokenizer).eval()
+    seen = set()
+    for first in range(0, len(images), BATCH):
+        numbers = range(first, min(first + BATCH, len(images)))
+        pixels, labels, _ = zip(*(images[number] for number in numbers), strict=True)
+        filled = [*pixels, *pixels[-1:] * (BATCH - len(pixels))]
+        with torch.no_grad():
+            rows = cache.norm.normalise(model.encode(from_uint8(torch.stack(filled))).mean).half()[: len(pixels)]
+        found, classes = cache.gather(numbers)
+        assert classes.tolist() == list(labels)
+        assert hashes(found.half().numpy()) == hashes(rows.numpy())
+        seen.update(hashes(rows.numpy()))
+    assert len(seen) > 0.99 * len(images)  # so that a doubled image would have been noticed
+
+
+def hashes(rows: np.ndarray) -> list[str]:
+    return [hashlib.sha256(row.tobytes()).hexdigest() for row in rows]
