@@ -40,7 +40,7 @@ class CacheImages:
                 f"the {len(source)} images of dataset.source={cfg.source} are not the {entry['count']} that the cache "
                 "was made of (their fingerprint differs): give the same dataset.root and dataset.limit as then"
             )
-        self.cache, self.workers = cache, cfg.workers
+        self.cache, self.workers = cache, cfg.reading_processes
         self.dataset = ImageDataset(source, replace(cfg, on_corrupt="error"), train=False)
         self.numbers = np.setdiff1d(np.arange(len(source)), entry["skipped"])  # sample of the cache -> of the source
 

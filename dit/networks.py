@@ -84,13 +84,13 @@ def pretrained_network(cfg: DiTConfig, cache: Cache) -> DiT:
         keys["null_class"] = f"model.class_dropout={0.1 if found['null_class'] else 0}"
     if keys:
         raise UserError(f"model.checkpoint={file} holds another network: set {' '.join(keys.values())}")
-    return network
+    return network.float()  # files may be in half precision, which small updates vanish in
 
 
 def build_averages(cfg: DiTConfig, parameters: dict[str, Tensor]) -> dict[str, Ema]:
     """File name -> moving average: `model_ema` of the first decay, `model_ema_0.9999` of a further one."""
     decays, start = cfg.training.ema.decays, min(cfg.training.ema.start_iter, cfg.training.steps // 10)
-    if not decays or len(set(decays)) < len(decays):
+    if not decays or len({f"{decay:g}" for decay in decays}) < len(decays):
         raise UserError(f"training.ema.decays={decays}: expected one decay or several different ones.")
     names = [AVERAGE, *(f"{AVERAGE}_{decay:g}" for decay in decays[1:])]
     return {name: Ema(parameters, decay, start) for name, decay in zip(names, decays, strict=True)}

@@ -85,6 +85,15 @@ def test_the_direction_term_reaches_every_weight(network):
     assert all(p.grad is not None and p.grad.any() for p in network.parameters() if p.requires_grad)
 
 
+def test_a_fresh_network_which_predicts_zero_gets_a_gradient_of_usual_size():
+    fresh = DiT.from_name("DiT-XXS/1", 4, 2, 10, learn_sigma=False)
+    norms = {}
+    for term, loss in FlowObjective(fresh, direction=True)(Z, Y, draws()).items():
+        (gradient,) = torch.autograd.grad(loss, fresh.final_layer.linear.weight, retain_graph=True)
+        norms[term] = gradient.norm()
+    assert 0 < norms["direction"] < 20 * norms["velocity"]
+
+
 def test_repa_compares_the_tokens_after_its_block_and_reaches_nothing_behind(network):
     objective = FlowObjective(network, repa=RepaLoss(128, Teacher(), layers=3, hidden=32), repa_blocks=2)
     assert objective.terms == ["velocity", "repa"]

@@ -52,7 +52,7 @@ def every_option(settings, teacher_weights, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "SSDD_WEIGHTS", str(teacher_weights))
 
     def make(run_name: str, **training: object) -> DiTConfig:
-        ema = EmaConfig(decays=[0.9, 0.5], start_iter=2)
+        ema = EmaConfig(decays=[0.9, 0.05], start_iter=2)
         options = {"ema": ema, "lr_schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "t_shift": 2.0}
         cfg = settings(run_name, **{**options, **training})
         cfg.dataset, cfg.losses.direction, cfg.losses.repa = DIGITS, 0.5, 0.5
@@ -102,14 +102,14 @@ def test_heads_and_further_averages_are_in_files_of_their_own(every_option):
     cfg = every_option("run", steps=5)
     run(cfg)
     last = folder(cfg) / "checkpoints" / "last"
-    names = {"model", "model_ema", "model_ema_0.5", "aux", "optimizer"}
+    names = {"model", "model_ema", "model_ema_0.05", "aux", "optimizer"}
     assert {path.stem for path in last.glob("*.safetensors")} == names
     groups = {name: load_tensors(last / f"{name}.safetensors") for name in names}
     heads = {name for name in groups["aux"] if name.startswith("repa_loss.")}
     assert heads == {f"repa_loss.repa_mlp.{i}.{part}" for i in (0, 2, 4) for part in ("weight", "bias")}
     assert not any("repa" in name for group in names - {"aux"} for name in groups[group])
-    assert set(groups["model_ema"]) == set(groups["model_ema_0.5"])
-    slow, fast = (groups[name]["final_layer.linear.weight"] for name in ("model_ema", "model_ema_0.5"))
+    assert set(groups["model_ema"]) == set(groups["model_ema_0.05"])
+    slow, fast = (groups[name]["final_layer.linear.weight"] for name in ("model_ema", "model_ema_0.05"))
     newest = groups["model"]["final_layer.linear.weight"]
     assert (fast - newest).norm() < (slow - newest).norm()
 
@@ -119,12 +119,12 @@ def test_any_of_several_averages_can_be_sampled(every_option, tmp_path):
     run(cfg)
     cfg = replace(cfg, sampling=replace(cfg.sampling, n=2, steps=2, batch_size=2))
     drawn = {}
-    for decay in (None, 0.5):
+    for decay in (None, 0.05):
         cfg.sampling.ema, cfg.out = decay, str(tmp_path / f"samples-{decay}")
         drawn[decay] = load_tensors(sample(cfg) / "latents.safetensors")["z_n"]
-    assert not torch.equal(drawn[None], drawn[0.5])
+    assert not torch.equal(drawn[None], drawn[0.05])
     cfg.sampling.ema = 0.7
-    with pytest.raises(UserError, match=r"model_ema_0.7.*only model_ema.safetensors, model_ema_0.5.safetensors"):
+    with pytest.raises(UserError, match=r"model_ema_0.7.*only model_ema.safetensors, model_ema_0.05.safetensors"):
         sample(cfg)
 
 
