@@ -25,5 +25,5 @@ def test_the_comparison_prints_a_table_and_one_line_of_json(capsys):
 
 
 def test_a_wrong_setting_is_one_line_of_error(capsys):
-    assert main(["dit", "model=DiT-S/3"]) == 2
-    assert "DiT-S/2" in capsys.readouterr().err
+    assert main(["dit", "dtype=float16"]) == 2
+    assert "must be one of float32, bfloat16" in capsys.readouterr().err
