@@ -228,8 +228,8 @@ class EvaluationConfig:
     """Compare with a reference of another crop all the same, and say so in the result."""
     cache: str | None = None
     """Folder for statistics of real images, measured once; null: ckpt_dir/cache/statistics."""
-    class_accuracy: bool = False
-    """Fit a support vector classifier to the real training images and count how often it sees the asked class."""
+    classifier: str | None = None
+    """File that `ssdd/main.py task=classifier` wrote on real images: count how often it sees the asked class."""
     baseline_numbers: int | None = None
     """Add samples of one Gaussian a class in a PCA space of this many numbers; null adds no such row."""
     batch_size: int = 64

@@ -76,13 +76,20 @@ class BatchSequence:
             epoch, step = divmod(start_step, max(len(self.latents) // batch_size, 1))
             position = step * batch_size
         elif self.resumes:
-            for key, value in arrangement.items():
-                if self.state.get(key) != value:
-                    saved = self.state.get(key)
-                    raise UserError(f"{key}={value}, but the state to go on from belongs to {key} {saved}")
             epoch, position = self.state["epoch"], self.state["position"]
+            if epoch or position:  # at the very start, no order has been drawn yet
+                self._check(arrangement)
         self.resumes = False
+        self.state = {"epoch": epoch, "position": position, **arrangement}
         return self._run(read, batch_size, arrangement, epoch, position, rank, world)
+
+    def _check(self, arrangement: dict[str, int]) -> None:
+        """UserError unless `state` was saved with the same arrangement."""
+        saved = {key: value for key, value in self.state.items() if key not in ("epoch", "position")}
+        for key in dict.fromkeys([*arrangement, *saved]):
+            if saved.get(key) != arrangement.get(key):
+                kept = f"belongs to {key} {saved[key]}" if key in saved else "was saved by another kind of reader"
+                raise UserError(f"{key}={arrangement.get(key)}, but the state to go on from {kept}")
 
     def schedule(
         self, batch_size: int, seed: int, epoch: int, position: int = 0, rank: int = 0, world: int = 1

@@ -74,8 +74,7 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         indices = np.asarray(indices, dtype=np.int64)
         for number in np.unique(indices // self.manifest["samples_per_shard"]).tolist():
             if 0 <= number < len(self._local.samples):
-                self._fetcher.wait(number)
-                self._local.shard(number)
+                self._map(number)
         return self._local.gather(indices, generator, noise, flipped)
 
     def batches(
@@ -181,8 +180,17 @@ class StreamingLatents(torch.utils.data.IterableDataset):
             self._local.release(number)
         self._fetcher.want([*new, *(n for n in in_use if n not in new), *upcoming])
         for number in new:
+            self._map(number)
+
+    def _map(self, number: int) -> None:
+        """Wait for a shard and map it; again, if another process makes room by deleting it in between."""
+        while not self._local.is_mapped(number):
             self._fetcher.wait(number)
-            self._local.shard(number)
+            try:
+                self._local.shard(number)
+            except (UserError, FileNotFoundError):
+                if self._fetcher.is_here(number):
+                    raise
 
 
 class _Plan:
