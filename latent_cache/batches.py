@@ -37,11 +37,15 @@ class Step:
 class BatchSequence:
     """The batches of `latents`, and where their newest iterator stands.
 
-    order(seed, epoch, batch_size): the samples of an epoch in order, int64 [len(latents)].
+    order(seed, epoch, batch_size): the samples of an epoch in order, int64 [len(latents)]. noise: draw that of
+    posterior samples, where the cache has posteriors.
     """
 
-    def __init__(self, latents: LatentDataset, order: Callable[[int, int, int], np.ndarray]) -> None:
+    def __init__(
+        self, latents: LatentDataset, order: Callable[[int, int, int], np.ndarray], noise: bool = True
+    ) -> None:
         self.latents, self.order = latents, order
+        self.noisy = noise and latents.has_moments
         self.state = {"seed": 0, "epoch": 0, "position": 0}
         self.resumes = False  # the next iterator goes on at `state`
 
@@ -127,7 +131,7 @@ class BatchSequence:
         if self.latents.has_flips:
             generator = batch_generator("cpu", seed, "flip", epoch, position)
             flipped = torch.rand(batch_size, generator=generator)[own] < 0.5
-        if self.latents.has_moments:
+        if self.noisy:
             generator = batch_generator("cpu", seed, "posterior", epoch, position)
             noise = torch.randn(batch_size, *self.latents.latent_shape, generator=generator)[own]
         return flipped, noise

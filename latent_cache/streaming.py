@@ -86,10 +86,6 @@ class StreamingLatents(torch.utils.data.IterableDataset):
                 f"parts={self.parts} does not divide batch_size={batch_size} (or, when iterating, the number of "
                 "processes and workers)"
             )
-        arrangement = {"window": self.window if self.shuffle else 0, "parts": self.parts}
-        if self.parts > 1:
-            arrangement["batch_size"] = batch_size
-
         plan: _Plan | None = None
 
         def read(step: Step) -> Batch:
@@ -100,7 +96,20 @@ class StreamingLatents(torch.utils.data.IterableDataset):
             self._provide(plan, step.number)
             return self._local.read(step)
 
-        return self._sequence.run(read, batch_size, seed, start_step, rank, world, arrangement)
+        return self._sequence.run(read, batch_size, seed, start_step, rank, world, self._arrangement(batch_size))
+
+    def steps(
+        self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
+    ) -> Iterator[Step]:
+        """As `LatentDataset.steps`, in the order of this reader."""
+        sequence = BatchSequence(self._local, self._order, noise=False)
+        arguments = batch_size, seed, start_step, rank, world, self._arrangement(batch_size)
+        return sequence.run(lambda step: step, *arguments)
+
+    def _arrangement(self, batch_size: int) -> dict[str, int]:
+        """What the order of samples depends on besides the seed."""
+        arrangement = {"window": self.window if self.shuffle else 0, "parts": self.parts}
+        return arrangement | ({"batch_size": batch_size} if self.parts > 1 else {})
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be that of `epoch`; without it, one iteration follows the other."""
