@@ -11,6 +11,7 @@ from dit.samplers import NAMES as SAMPLERS
 from latent_cache.config import adm_images
 from ssdd.engine.precision import PRECISIONS
 from ssdd.engine.sources import DatasetConfig
+from ssdd.repa import DINOV2_BASE
 
 
 @dataclass
@@ -35,14 +36,47 @@ class ModelConfig:
     """Rotary embedding of row and column in the attention, beside the position table (LightningDiT)."""
     wo_shift: bool = False
     """adaLN without shifts (LightningDiT)."""
+    checkpoint: str | None = None
+    """train: weights to start from, of ours or of SiT, REPA or LightningDiT: run, folder or file. The other keys of
+    `model` must be those of that network."""
+    family: str | None = field(default=None, metadata={"choices": tuple(FAMILIES)})
+    """Whose code trained that file, where it doesn't tell."""
+    reset_labels: bool = False
+    """Start with a new label table, for a cache of other classes than the checkpoint's."""
+
+
+@dataclass
+class LossesConfig:
+    """Weights of loss terms beside the velocity's, which is 1; a weight of 0 builds nothing."""
+
+    direction: float = 0.0
+    """1 - cosine between predicted and true velocity, over the channels of each position (LightningDiT: 1)."""
+    repa: float = 0.0
+    """REPA: tokens against those of a frozen vision transformer (REPA: 0.5); needs its weights in the search path, and
+    the images of the cache, described by `dataset`."""
+
+
+@dataclass
+class RepaConfig:
+    """REPA."""
+
+    model: str = DINOV2_BASE
+    """timm vision transformer whose patch tokens are the reference."""
+    i_extract: int = 8
+    """Transformer block, counted from 1, whose output is compared (REPA: 8 of XL's 28)."""
+    n_layers: int = 3
+    """Linear layers between the generator's tokens and the reference."""
+    hidden: int = 2048
+    """Width of those layers."""
 
 
 @dataclass
 class EmaConfig:
     """Exponential moving average of the weights, which sampling uses."""
 
-    decay: float = 0.9999
-    """Decay a step; it ramps up as (1 + k) / (10 + k) over the first updates."""
+    decays: list[float] = field(default_factory=lambda: [0.9999])
+    """Decays a step, each ramping up as (1 + k) / (10 + k) over the first updates. The first average is model_ema,
+    which a reference means; another is model_ema_0.999, by its decay, and drawn from with sampling.ema=0.999."""
     start_iter: int = 0
     """Step at which averaging starts, at most a tenth of the planned steps; before it the average is a copy."""
 
@@ -58,9 +92,11 @@ class TrainingConfig:
     accumulate: int = 1
     """Parts that a step's batch is split into, to save memory."""
     lr: float = 1e-4
-    """Learning rate of AdamW after warm-up, constant."""
+    """Learning rate of AdamW after warm-up."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly."""
+    lr_schedule: str = field(default="constant", metadata={"choices": ("constant", "cosine")})
+    """Learning rate after the warm-up; cosine falls to zero at the last step."""
     beta2: float = 0.999
     """AdamW's second beta; the first is 0.9."""
     weight_decay: float = 0.0
@@ -69,6 +105,9 @@ class TrainingConfig:
     """Largest gradient norm; 0 switches clipping off."""
     t_sampling: str = field(default="logit_normal", metadata={"choices": ("logit_normal", "uniform")})
     """Distribution of training times."""
+    t_shift: float = 1.0
+    """Time shift s of the drawn times, t -> s t / (1 + (s - 1) t); above 1 leans to the noise (RAE: (C h w / 4096)^.5,
+    with the same sampling.shift)."""
     t_mean: float = 0.0
     """Mean of logit(t), for logit_normal; above 0 leans to the noise."""
     t_std: float = 1.0
@@ -81,6 +120,11 @@ class TrainingConfig:
     """Checkpoint reference of the tokenizer that decodes pictures of samples, drawn as `sampling` says; null: none."""
     sample_every: int | None = None
     """Steps between those pictures; null: with every checkpoint; 0: never."""
+    fidelity_every: int = 0
+    """Steps between distances of samples to the images of the cache, described by `dataset`; 0: never. Drawn as
+    `sampling` says and decoded with training.tokenizer; on Inception features, or EfficientNet-Lite0's without them."""
+    fidelity_samples: int = 1_000
+    """Samples of such a distance; too few for a gFID, enough to compare checkpoints by."""
     keep: int = 0
     """Newest of the checkpoints of every save_every steps to keep as run@step-000123, beside `last`."""
     wandb: str | None = None
@@ -107,6 +151,8 @@ class SamplingConfig:
     DiT, SiT, REPA and LightningDiT (.pt, .safetensors) are read too."""
     family: str | None = field(default=None, metadata={"choices": tuple(FAMILIES)})
     """Whose code trained such a file, where it doesn't tell."""
+    ema: float | None = None
+    """Which of several averages of a run, by its decay in training.ema.decays; null: the first."""
     n: int = 50_000
     """Number of samples."""
     seed: int = 0
@@ -182,8 +228,8 @@ class EvaluationConfig:
     """Compare with a reference of another crop all the same, and say so in the result."""
     cache: str | None = None
     """Folder for statistics of real images, measured once; null: ckpt_dir/cache/statistics."""
-    class_accuracy: bool = False
-    """Fit a support vector classifier to the real training images and count how often it sees the asked class."""
+    classifier: str | None = None
+    """File that `ssdd/main.py task=classifier` wrote on real images: count how often it sees the asked class."""
     baseline_numbers: int | None = None
     """Add samples of one Gaussian a class in a PCA space of this many numbers; null adds no such row."""
     batch_size: int = 64
@@ -208,12 +254,18 @@ class DiTConfig:
     """Only kernels that give the same bits every time; on a CPU they all do."""
     cache: str | None = None
     """train: folder written by `python -m latent_cache build`, or an fsspec URL of one (s3://, gs://, https://)."""
+    dry_run: bool = False
+    """train: print parameters, GFLOP, memory and hours on this machine, measured on a few steps, and end."""
     cache_dir: str | None = None
     """train: local folder for the shards of a cache at a URL."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Training."""
+    losses: LossesConfig = field(default_factory=LossesConfig)
+    """Loss weights."""
+    repa: RepaConfig = field(default_factory=RepaConfig)
+    """REPA, where losses.repa is not 0."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling."""
     out: str | None = None
@@ -221,6 +273,7 @@ class DiTConfig:
     samples: str | None = None
     """evaluate: folder of a sample set; null: that of the run, drawn as `sampling` says if it isn't there."""
     dataset: DatasetConfig = field(default_factory=adm_images)
-    """evaluate: real images to compare with, the train split as reference, the val split as floor and held-out set."""
+    """evaluate: real images to compare with, the train split as reference, the val split as floor and held-out set.
+    train: the images of the cache, where losses.repa or training.fidelity_every need them."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Evaluation."""

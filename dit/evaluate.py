@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit.class_judge import ClassJudge
 from dit.config import DiTConfig, EvaluationConfig
 from dit.decoding import SampleSet, decoded, images_behind, open_samples, request_of
 from dit.gap import KERNEL, Gap
@@ -24,9 +23,10 @@ from dit.sweep import Sweep
 from dit.tables import table
 from ssdd.baselines import PixelPCA, classwise_gaussian_samples
 from ssdd.decoders import Row, open_rows
+from ssdd.engine.classifier import SmallClassifier
 from ssdd.engine.errors import UserError
 from ssdd.engine.fidelity import Statistics, copy_rate
-from ssdd.engine.files import sha256_json, write_json
+from ssdd.engine.files import sha256_file, sha256_json, write_json
 from ssdd.engine.images import read_split
 from ssdd.engine.pictures import grid, save_png
 from ssdd.engine.provenance import measured_by
@@ -84,10 +84,9 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     reference.measure()
     if held_out:
         held_out.measure()
-    keep = options.class_accuracy or options.baseline_numbers is not None
-    training = read_split(cfg.dataset, "train")[:2] if keep else None
-    judge = ClassJudge(*training) if options.class_accuracy else None
-    judged = {"judge": reference.describe()["fingerprint"] if judge else None}
+    training = read_split(cfg.dataset, "train")[:2] if options.baseline_numbers is not None else None
+    judge = _classifier(options.classifier, samples, accelerator.device)
+    judged = {"judge": sha256_file(Path(options.classifier)) if judge else None}
     shown = _first_of_each_class(samples.labels)
     seed, device = cfg.sampling.seed, accelerator.device
     sets: dict[str, ImageSetFolder] = {}
@@ -145,8 +144,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         _compare(result, network.name, statistics, real, cfg, has_training=options.reference is None)
         result["notes"] += _few_images(network.name, network.dim, len(samples))
     if judge is not None:
-        correct = judge.correct(*read_split(cfg.dataset, "val")[:2])
-        result["class_accuracy_held_out"] = sum(correct) / len(correct)
+        result["class_accuracy_held_out"] = judge.accuracy(*read_split(cfg.dataset, "val")[:2])
     if gap:
         result |= gap.compare(of_reference, of_held_out, result["rows"])
     if sweep:
@@ -173,6 +171,19 @@ def _check(options: EvaluationConfig) -> None:
         raise UserError("evaluation.latent_noise reconstructs held-out images: it needs evaluation.held_out=true")
 
 
+def _classifier(path: str | None, samples: SampleSet, device: torch.device) -> SmallClassifier | None:
+    """The network that says what class an image shows. UserError if it does not know all classes of the samples."""
+    if path is None:
+        return None
+    classifier = SmallClassifier.load(path).to(device)
+    if (largest := int(samples.labels.max())) >= classifier.num_classes:
+        raise UserError(
+            f"evaluation.classifier={path} knows classes 0 to {classifier.num_classes - 1}, samples have label "
+            f"{largest}: train one on their data set (ssdd/main.py task=classifier)"
+        )
+    return classifier
+
+
 def _export(cfg: DiTConfig, out: Path, row: Row, samples: SampleSet) -> Export | None:
     if not (cfg.evaluation.npz or cfg.evaluation.png):
         return None
@@ -187,7 +198,7 @@ def _baseline(
     training: tuple[Tensor, Tensor],
     samples: SampleSet,
     measuring: Measuring,
-    judge: ClassJudge | None,
+    judge: SmallClassifier | None,
     judged: dict,
     reference: RealImages | ForeignReference,
 ) -> ImageSetFolder:

@@ -287,5 +287,5 @@ def _check_wanted(config: Mapping[str, Any], path: Path, in_channels: int | None
     if num_classes is not None and config["num_classes"] != num_classes:
         raise UserError(
             f"{path} knows {config['num_classes']} classes, not {num_classes}: sample it with its own "
-            f"(num_classes={config['num_classes']}), or train another label table."
+            f"(num_classes={config['num_classes']}), or train another label table (model.reset_labels=true)."
         )

@@ -75,10 +75,14 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
         super().__init__()
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # As a matrix product, whose tokens lie one after the other: the layout that all blocks inherit.
+        p = self.patch_size
+        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
+        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimestepEmbedder(nn.Module):
@@ -160,14 +164,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotary: RotaryEmbedding | None = None) -> Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        # Split before the heads: the backward pass then joins the three gradients by one copy.
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotary(q), rotary(k)
         # Under autocast LayerNorm answers in float32; attention wants one dtype.
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)  # [B, heads, T, h / heads]
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):

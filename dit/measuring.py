@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dit.chunks import Chunks
-from dit.class_judge import ClassJudge
 from dit.export_images import write_npz, write_pngs
 from ssdd.engine.checkpoint import load_tensors, save_tensors
+from ssdd.engine.classifier import SmallClassifier
 from ssdd.engine.features import FeatureNetwork, Outputs
 from ssdd.engine.fidelity import Statistics
 from ssdd.engine.files import plain, read_json, write_json
@@ -60,8 +60,8 @@ class Export:
 class ImageSetFolder:
     """One set: `measure` in all processes, `finish` in the main one, then its figures can be read.
 
-    request: all that its images depend on. judge: with the labels that were asked for; shown: images that pictures
-    show. What `finish` wrote for the same request is used again.
+    request: all that its images depend on. judge: counts how often it sees the label that was asked for. shown: images
+    that pictures show. What `finish` wrote for the same request is used again.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ImageSetFolder:
         count: int,
         make: Callable[[range], Images],
         measuring: Measuring,
-        judge: ClassJudge | None = None,
+        judge: SmallClassifier | None = None,
         labels: Tensor | None = None,
         shown: Sequence[int] = (),
         export: Export | None = None,
@@ -137,7 +137,7 @@ class ImageSetFolder:
             tensors |= {f"{number}.{key}": part for key, part in outputs._asdict().items() if part is not None}
         pixels = images.pixels.cpu()
         if self.judge is not None:
-            tensors["correct"] = torch.tensor(self.judge.correct(pixels, self.labels[list(chunk)]))
+            tensors["correct"] = self.judge.correct(images.pixels, self.labels[list(chunk)])
         if self.export is not None:
             tensors["images"] = pixels
         shown = torch.isin(images.indices, self.shown)

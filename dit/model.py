@@ -147,13 +147,19 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The raw network: x [B, C, H, W], t [B] in its checkpoint's units, y [B] integers -> [B, 2C or C, H, W]."""
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, keep: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The raw network: x [B, C, H, W], t [B] in its checkpoint's units, y [B] integers -> [B, 2C or C, H, W].
+
+        keep: a pair of that and the tokens [B, T, h] after the first `keep` blocks.
+        """
         tokens = self.x_embedder(x) + self.pos_embed  # [B, T, h]
         c = self.t_embedder(t) + self.y_embedder(y)  # [B, h]
-        for block in self.blocks:
+        kept = None
+        for number, block in enumerate(self.blocks, start=1):
             tokens = run_block(block, tokens, c, self.feat_rope, recompute=self.recompute)
-        return self.unpatchify(self.final_layer(tokens, c))
+            kept = tokens if number == keep else kept
+        out = self.unpatchify(self.final_layer(tokens, c))
+        return out if keep is None else (out, kept)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | None = None

@@ -1,52 +1,62 @@
-"""Pictures of a generator in training: samples of the same classes from the same noise, decoded with a tokenizer."""
+"""Samples of a generator in training, decoded with a tokenizer: always the same classes from the same noise."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from dit.config import DiTConfig
 from dit.model import DiT
+from dit.networks import Cache
 from dit.sample import draw
-from latent_cache import LatentDataset
-from latent_cache.manifest import STATISTICS
 from ssdd.engine.noise import indexed_noise
 from ssdd.engine.pictures import grid, to_uint8
-from ssdd.latent import LatentNorm
 from ssdd.tokenizer import SSDD
 
 SAMPLES, COLUMNS = 16, 8
 SMALLEST_SIDE = 64  # images below this size are enlarged
 
 
-class SamplePicture:
-    """Sixteen samples with the settings of `sampling`, of classes spread over all there are.
+class SampleDecoder:
+    """Images of samples drawn as `sampling` says, decoded with `training.tokenizer`.
 
-    UserError when the encoder of `training.tokenizer` is not the one that the cache was made with.
+    UserError when the encoder of the tokenizer is not the one that the cache was made with.
     """
 
-    def __init__(self, cfg: DiTConfig, cache: LatentDataset, accelerator: Accelerator):
+    def __init__(self, cfg: DiTConfig, cache: Cache, accelerator: Accelerator):
         tokenizer = SSDD.from_pretrained(cfg.training.tokenizer, cfg.ckpt_dir)
-        self.norm = LatentNorm.load(cache.path / STATISTICS, tokenizer.encoder_fingerprint())
+        cache.norm.check_encoder(tokenizer.encoder_fingerprint(), cfg.cache)
         self.tokenizer = tokenizer.to(accelerator.device).eval().requires_grad_(False)
-        self.accelerator = accelerator
+        self.norm, self.num_classes, self.accelerator = cache.norm, cache.num_classes, accelerator
         guided = cfg.model.class_dropout > 0
         self.sampling = cfg.sampling if guided else replace(cfg.sampling, cfg_scale=1.0)
-        classes, indices = cache.num_classes, range(SAMPLES)
-        self.labels = torch.tensor([i * classes // SAMPLES if classes >= SAMPLES else i % classes for i in indices])
         _, height, width = cache.latent_shape
-        shape = (3, height * tokenizer.f, width * tokenizer.f)
-        self.noise = indexed_noise(indices, shape, cfg.sampling.seed, "decoder")
+        self.shape = (3, height * tokenizer.f, width * tokenizer.f)
 
     @torch.no_grad()
+    def images(self, model: DiT, indices: Sequence[int], labels: Tensor) -> Tensor:
+        """Samples `indices` of the classes `labels` [n], a function of weights and index: uint8 [n, 3, H, W]."""
+        device, steps = self.accelerator.device, self.tokenizer.config["fm_sampler"]["steps"]
+        noise = indexed_noise(indices, self.shape, self.sampling.seed, "decoder")
+        with self.accelerator.autocast():
+            z = self.norm.denormalise(draw(model, indices, labels, self.sampling).to(device))
+            return to_uint8(self.tokenizer.decode(z, steps=steps, noise=noise.to(device)))
+
+
+class SamplePicture:
+    """Sixteen samples, of classes spread over all there are."""
+
+    def __init__(self, samples: SampleDecoder):
+        self.samples = samples
+        classes, indices = samples.num_classes, range(SAMPLES)
+        self.labels = torch.tensor([i * classes // SAMPLES if classes >= SAMPLES else i % classes for i in indices])
+
     def draw(self, model: DiT) -> np.ndarray:
         """uint8 [H, W, 3]: the samples, row by row."""
-        device, steps = self.accelerator.device, self.tokenizer.config["fm_sampler"]["steps"]
-        with self.accelerator.autocast():
-            z_n = draw(model, range(SAMPLES), self.labels, self.sampling)
-            z = self.norm.denormalise(z_n.to(device))
-            images = to_uint8(self.tokenizer.decode(z, steps=steps, noise=self.noise.to(device)))
+        images = self.samples.images(model, range(SAMPLES), self.labels)
         return grid(images, columns=COLUMNS, scale=max(1, SMALLEST_SIDE // images.shape[-1]))

@@ -88,7 +88,7 @@ def run(cfg: DiTConfig) -> Path:
     sampling = cfg.sampling
     _check(sampling)
     reference = sampling.checkpoint or cfg.run_name
-    weights = resolve(reference, cfg.ckpt_dir)
+    weights = averaged(resolve(reference, cfg.ckpt_dir), sampling.ema)
     model = load_dit(weights, sampling.family).to(state.device)
     guide_weights = resolve(sampling.guide, cfg.ckpt_dir) if sampling.guide else None
     guide = None if guide_weights is None else load_guide(guide_weights, weights, model, sampling.family)
@@ -139,6 +139,20 @@ def run(cfg: DiTConfig) -> Path:
         chunks.remove()
     state.wait_for_everyone()
     return out
+
+
+def averaged(weights: Path, decay: float | None) -> Path:
+    """The file of the average of this decay beside `weights`, a run's first average; UserError if there is none."""
+    if decay is None:
+        return weights
+    file = weights.with_name(f"model_ema_{decay:g}.safetensors")
+    if not file.is_file():
+        there = ", ".join(sorted(path.name for path in weights.parent.glob("model_ema*"))) or "none"
+        raise UserError(
+            f"sampling.ema={decay:g}: there is no {file}, only {there}; the first of training.ema.decays is "
+            "model_ema, which needs no sampling.ema."
+        )
+    return file
 
 
 def load_guide(weights: Path, main_weights: Path, model: DiT, family: str | None = None) -> DiT:

@@ -37,11 +37,15 @@ class Step:
 class BatchSequence:
     """The batches of `latents`, and where their newest iterator stands.
 
-    order(seed, epoch, batch_size): the samples of an epoch in order, int64 [len(latents)].
+    order(seed, epoch, batch_size): the samples of an epoch in order, int64 [len(latents)]. noise: draw that of
+    posterior samples, where the cache has posteriors.
     """
 
-    def __init__(self, latents: LatentDataset, order: Callable[[int, int, int], np.ndarray]) -> None:
+    def __init__(
+        self, latents: LatentDataset, order: Callable[[int, int, int], np.ndarray], noise: bool = True
+    ) -> None:
         self.latents, self.order = latents, order
+        self.noisy = noise and latents.has_moments
         self.state = {"seed": 0, "epoch": 0, "position": 0}
         self.resumes = False  # the next iterator goes on at `state`
 
@@ -72,13 +76,20 @@ class BatchSequence:
             epoch, step = divmod(start_step, max(len(self.latents) // batch_size, 1))
             position = step * batch_size
         elif self.resumes:
-            for key, value in arrangement.items():
-                if self.state.get(key) != value:
-                    saved = self.state.get(key)
-                    raise UserError(f"{key}={value}, but the state to go on from belongs to {key} {saved}")
             epoch, position = self.state["epoch"], self.state["position"]
+            if epoch or position:  # at the very start, no order has been drawn yet
+                self._check(arrangement)
         self.resumes = False
+        self.state = {"epoch": epoch, "position": position, **arrangement}
         return self._run(read, batch_size, arrangement, epoch, position, rank, world)
+
+    def _check(self, arrangement: dict[str, int]) -> None:
+        """UserError unless `state` was saved with the same arrangement."""
+        saved = {key: value for key, value in self.state.items() if key not in ("epoch", "position")}
+        for key in dict.fromkeys([*arrangement, *saved]):
+            if saved.get(key) != arrangement.get(key):
+                kept = f"belongs to {key} {saved[key]}" if key in saved else "was saved by another kind of reader"
+                raise UserError(f"{key}={arrangement.get(key)}, but the state to go on from {kept}")
 
     def schedule(
         self, batch_size: int, seed: int, epoch: int, position: int = 0, rank: int = 0, world: int = 1
@@ -120,7 +131,7 @@ class BatchSequence:
         if self.latents.has_flips:
             generator = batch_generator("cpu", seed, "flip", epoch, position)
             flipped = torch.rand(batch_size, generator=generator)[own] < 0.5
-        if self.latents.has_moments:
+        if self.noisy:
             generator = batch_generator("cpu", seed, "posterior", epoch, position)
             noise = torch.randn(batch_size, *self.latents.latent_shape, generator=generator)[own]
         return flipped, noise

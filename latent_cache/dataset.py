@@ -192,6 +192,13 @@ class LatentDataset(torch.utils.data.Dataset):
         """
         return self._sequence.run(self.read, batch_size, seed, start_step, rank, world)
 
+    def steps(
+        self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
+    ) -> Iterator[Step]:
+        """What `batches` of the same arguments would read, for what goes beside the latents; without their noise."""
+        sequence = BatchSequence(self, self._order, noise=False)
+        return sequence.run(lambda step: step, batch_size, seed, start_step, rank, world)
+
     def read(self, step: Step) -> Batch:
         """The batch of one step."""
         latents, labels = self.gather(step.indices, noise=step.noise, flipped=step.flipped)

@@ -47,7 +47,7 @@ class ShardFetcher:
             if self._running[number].cancel():
                 del self._running[number]
         for number in numbers:
-            if number not in self._running and not self._is_here(number):
+            if number not in self._running and not self.is_here(number):
                 self._running[number] = pool.submit(self._fetch_ahead, number)
 
     def wait(self, number: int) -> None:
@@ -56,8 +56,11 @@ class ShardFetcher:
         future = self._running.pop(number, None)
         if future is not None:
             future.result()
-        if not self._is_here(number):
+        if not self.is_here(number):
             self._fetch(number)
+
+    def is_here(self, number: int) -> bool:
+        return self._tar(number).is_file()
 
     def _executor(self) -> ThreadPoolExecutor:
         """The threads of this process: those of a parent do not survive a fork, nor do their downloads."""
@@ -67,9 +70,6 @@ class ShardFetcher:
 
     def _tar(self, number: int) -> Path:
         return self.folder / self.split / f"{shard_name(number)}.tar"
-
-    def _is_here(self, number: int) -> bool:
-        return self._tar(number).is_file()
 
     def _fetch_ahead(self, number: int) -> None:
         if threading.main_thread().is_alive():  # at its end, Python waits for all that was ordered
@@ -97,7 +97,7 @@ class ShardFetcher:
         if self.limit is None:
             return
         kept = self._wanted | {number}
-        others = [other for other in range(len(self.entries)) if other not in kept and self._is_here(other)]
+        others = [other for other in range(len(self.entries)) if other not in kept and self.is_here(other)]
         total = sum(self.entries[shard]["bytes"] for shard in [*kept, *others])
         for other in sorted(others, key=lambda other: _written(self._tar(other))):
             if total > self.limit:

@@ -117,6 +117,8 @@ class CacheFolder:
         for split in self.settings["splits"]:
             (self.partial / split).mkdir(exist_ok=True)
             (self.root / split).mkdir(exist_ok=True)
+            for leftover in (self.partial / split).glob("*.tmp"):  # of killed processes; they may be large
+                leftover.unlink(missing_ok=True)
         return False
 
     def tidy(self) -> None:
@@ -208,7 +210,13 @@ class FolderLock:
     """Keeps two builds out of one folder; the system lets go of it when a process ends, however it ends."""
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            self._descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder} was made by process 0, but this process does not see it: all machines of a build must share "
+                "the disk of out="
+            ) from None
 
     def __enter__(self) -> FolderLock:
         return self

@@ -70,6 +70,8 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
     if not divide > 0:
         raise UserError(f"scaling_factor={divide}: expected a positive number")
     peer = FORMATS[cfg.format].open_peer(source, divide)
+    if not peer.count:
+        raise UserError(f"{source} holds no latents: its files are empty")
     if told is not None and told["count"] != peer.count:
         raise UserError(f"{source} holds {peer.count} latents, its {ORIGIN} says {told['count']}: export it again")
     classes = told["classes"] if told is not None else [str(label) for label in range(int(peer.labels.max()) + 1)]
@@ -120,7 +122,10 @@ def _named_tokenizer(cfg: ImportConfig, channels: int) -> dict:
 def describe(cfg: ImportConfig, peer: PeerLatents, origin: Origin) -> dict:
     """The manifest but for the shards."""
     digest = hashlib.sha256()
-    ImageFiles(peer.folder, peer.names).add_to(digest)
+    try:
+        ImageFiles(peer.folder, peer.names).add_to(digest)
+    except FileNotFoundError as problem:
+        raise UserError(f"{problem.filename} is missing: copy it from where {cfg.source} is whole") from None
     return {
         "format": FORMAT,
         "version": CACHE_VERSION,

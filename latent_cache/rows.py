@@ -32,7 +32,7 @@ def stored_rows(cache: LatentDataset, indices: np.ndarray, chunk: int) -> Iterat
             asked = indices[start : min(start + chunk, last)]
             places = asked - samples.start
             views = [shard.rows(places, view) for view in layout.views]
-            yield Rows(asked, np.stack(views, 1), shard.records["cls"][places].astype(np.int64))
+            yield Rows(asked, np.stack(views, 1), shard.labels(places))
 
 
 def spread(count: int, limit: int | None) -> np.ndarray:

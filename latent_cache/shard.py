@@ -166,10 +166,10 @@ class Shard:
         """Latents number `numbers` of this shard, in the view with this extension: float16 [n, K, h, w]."""
         return self.records[view][numbers].reshape(len(numbers), *self.layout.shape)
 
-    def labels(self) -> np.ndarray:
-        """All class labels of this shard: int64 [n]. UserError for one that is no number."""
+    def labels(self, numbers: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Class labels of samples number `numbers` of this shard: int64 [n]. UserError for one that is no number."""
         try:
-            return self.records["cls"].astype(np.int64)
+            return self.records["cls"][numbers].astype(np.int64)
         except ValueError as problem:
             raise UserError(
                 f"{self.path}: a label is not a whole number ({problem}): the file is damaged; run "

@@ -1,7 +1,8 @@
 """Is this latent any good? What the stored latents themselves say about how well a generator will learn them.
 
 All figures are of the latent that a generator sees: normalised, and with content=moments *sampled*, z = mu + sigma eps.
-The noise is never drawn: expectations over it are taken in closed form, so equal caches give equal figures.
+The noise is never drawn: expectations over it are taken in closed form, so equal caches give equal figures. Only
+`largest` is that of the posterior means.
 """
 
 from __future__ import annotations

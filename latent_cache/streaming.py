@@ -74,8 +74,7 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         indices = np.asarray(indices, dtype=np.int64)
         for number in np.unique(indices // self.manifest["samples_per_shard"]).tolist():
             if 0 <= number < len(self._local.samples):
-                self._fetcher.wait(number)
-                self._local.shard(number)
+                self._map(number)
         return self._local.gather(indices, generator, noise, flipped)
 
     def batches(
@@ -87,10 +86,6 @@ class StreamingLatents(torch.utils.data.IterableDataset):
                 f"parts={self.parts} does not divide batch_size={batch_size} (or, when iterating, the number of "
                 "processes and workers)"
             )
-        arrangement = {"window": self.window if self.shuffle else 0, "parts": self.parts}
-        if self.parts > 1:
-            arrangement["batch_size"] = batch_size
-
         plan: _Plan | None = None
 
         def read(step: Step) -> Batch:
@@ -101,7 +96,20 @@ class StreamingLatents(torch.utils.data.IterableDataset):
             self._provide(plan, step.number)
             return self._local.read(step)
 
-        return self._sequence.run(read, batch_size, seed, start_step, rank, world, arrangement)
+        return self._sequence.run(read, batch_size, seed, start_step, rank, world, self._arrangement(batch_size))
+
+    def steps(
+        self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
+    ) -> Iterator[Step]:
+        """As `LatentDataset.steps`, in the order of this reader."""
+        sequence = BatchSequence(self._local, self._order, noise=False)
+        arguments = batch_size, seed, start_step, rank, world, self._arrangement(batch_size)
+        return sequence.run(lambda step: step, *arguments)
+
+    def _arrangement(self, batch_size: int) -> dict[str, int]:
+        """What the order of samples depends on besides the seed."""
+        arrangement = {"window": self.window if self.shuffle else 0, "parts": self.parts}
+        return arrangement | ({"batch_size": batch_size} if self.parts > 1 else {})
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be that of `epoch`; without it, one iteration follows the other."""
@@ -172,8 +180,17 @@ class StreamingLatents(torch.utils.data.IterableDataset):
             self._local.release(number)
         self._fetcher.want([*new, *(n for n in in_use if n not in new), *upcoming])
         for number in new:
+            self._map(number)
+
+    def _map(self, number: int) -> None:
+        """Wait for a shard and map it; again, if another process makes room by deleting it in between."""
+        while not self._local.is_mapped(number):
             self._fetcher.wait(number)
-            self._local.shard(number)
+            try:
+                self._local.shard(number)
+            except (UserError, FileNotFoundError):
+                if self._fetcher.is_here(number):
+                    raise
 
 
 class _Plan:

@@ -1,7 +1,9 @@
-"""Measure speed and memory on this machine: `python scripts/bench.py scaling|cache`.
+"""Measure speed and memory on this machine: `python scripts/bench.py scaling|cache|dit`.
 
 scaling: time and peak memory of one-step decodes and of local attention alone at growing sizes, a process for each.
 cache: latents a second of the cache's reader beside other ways to store them, and what a training step waits for data.
+dit: a training step of our DiT beside one of diffusers' of the same shape: `dit model=DiT-S/2 dtype=bfloat16
+    compile=true batch=16 rounds=5`; `dit --help` lists them.
 """
 
 from __future__ import annotations
@@ -31,6 +33,15 @@ def main(argv: list[str] | None = None) -> int:
         from scripts.bench_cache import cache
 
         return cache()
+    if argv[:1] == ["dit"]:
+        from scripts.bench_dit import dit
+        from ssdd.engine.errors import UserError
+
+        try:
+            return dit(argv[1:])
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     if len(argv) == 3 and argv[0] == "_measure":
         print(json.dumps(measure(argv[1], int(argv[2]))))
         return 0

@@ -47,6 +47,8 @@ class PipelineConfig:
     """Number of generated images."""
     features: list[str] = field(default_factory=lambda: ["auto"])
     """Networks of the distances, besides the classifier that the first stage trains."""
+    classifier: dict[str, Any] = field(default_factory=dict)
+    """Keys of `ssdd/main.py` for the classifier's training."""
     tokenizer: dict[str, Any] = field(default_factory=dict)
     """Keys of `ssdd/main.py` for the tokenizer's training."""
     student: dict[str, Any] = field(default_factory=dict)
@@ -121,7 +123,8 @@ def build_stages(cfg: PipelineConfig) -> list[Stage]:
     adm_images = evaluation_images | {"dataset.crop": None}  # the crop of caches and gFID references is their default
     side = {"seed": cfg.seed, "ckpt_dir": str(root)}
     n = cfg.teacher_steps
-    networks = [*cfg.features, f"classifier:{jobs / CLASSIFIER / 'classifier.safetensors'}"]
+    classifier = jobs / CLASSIFIER / "classifier.safetensors"
+    networks = [*cfg.features, f"classifier:{classifier}"]
     decoders = [f"teacher-{n}:{TOKENIZER}:{n}", f"teacher-1:{TOKENIZER}:1", f"student-1:{STUDENT}:1"]
     curve = [f"teacher-{k}:{TOKENIZER}:{k}" for k in curve_steps(n)]
     tokenizer, student, generator = flatten(cfg.tokenizer), flatten(cfg.student), flatten(cfg.dit)
@@ -139,8 +142,9 @@ def build_stages(cfg: PipelineConfig) -> list[Stage]:
 
     stages = [
         stage(
-            CLASSIFIER, "ssdd.main", {"task": "classifier", "run_name": CLASSIFIER} | side | evaluation_images,
-            [jobs / CLASSIFIER / "classifier.safetensors", jobs / CLASSIFIER / "task_result.json"], parallel=False,
+            CLASSIFIER, "ssdd.main", {"task": "classifier", "run_name": CLASSIFIER} | side | evaluation_images
+            | flatten(cfg.classifier),
+            [classifier, jobs / CLASSIFIER / "task_result.json"], parallel=False,
         ),
         stage(
             TOKENIZER, "ssdd.main",
@@ -181,7 +185,8 @@ def build_stages(cfg: PipelineConfig) -> list[Stage]:
             GENERATION, "dit.main",
             {"task": "evaluate", "run_name": DIT, "samples": str(jobs / SAMPLES), "out": str(jobs / GENERATION)}
             | side | adm_images | {"sampling.seed": cfg.seed, "evaluation.decoders": decoders,
-                               "evaluation.features": networks} | flatten(cfg.generation),
+                               "evaluation.features": networks, "evaluation.classifier": str(classifier)}
+            | flatten(cfg.generation),
             [jobs / GENERATION / "task_result.json"], CLASSIFIER, TOKENIZER, STUDENT, SAMPLES,
         ),
     ]  # fmt: skip

@@ -7,6 +7,7 @@ The generators' other solvers are in dit/samplers.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, ...], t float32, a scalar or, from adaptive solvers, [B]) -> v of the same shape as x_t."""
+
+Times = TypeVar("Times", np.ndarray, Tensor)
 
 Callback = Callable[[int, Tensor], None]
 """(i, x) after step i of a solver."""
@@ -59,16 +62,21 @@ def uniform_t(n: int, generator: torch.Generator) -> Tensor:
     return torch.rand(n, generator=generator, device=generator.device)
 
 
+def shift_time(t: Times, shift: float) -> Times:
+    """s t / (1 + (s - 1) t) of times in [0, 1], as they are given; nearer the noise for s > 1 (SD3, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def time_grid(steps: int, power: float = 2.0, shift: float = 1.0) -> list[float]:
     """steps + 1 times falling from 1 (noise) to 0 (data), each a float32 number.
 
-    `power` p gives linspace(1, 0)^p, finer near the data for p > 1 (SSDD). `shift` s maps t to s t / (1 + (s - 1) t),
-    finer near the noise for s > 1 (SD3, LightningDiT; in our direction of time).
+    `power` p gives linspace(1, 0)^p, finer near the data for p > 1 (SSDD). `shift` is that of `shift_time`, finer near
+    the noise above 1 (SD3, LightningDiT; in our direction of time).
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     t = np.linspace(1, 0, steps + 1) ** power
-    return (shift * t / (1 + (shift - 1) * t)).astype(np.float32).tolist()
+    return shift_time(t, shift).astype(np.float32).tolist()
 
 
 def step_lengths(grid: Sequence[float]) -> list[float]:

@@ -124,7 +124,9 @@ class LatentNorm:
     def load(cls, path: str | Path, fingerprint: str | None = None) -> LatentNorm:
         """Read z_stats.json. UserError if it belongs to other encoder weights than `fingerprint`."""
         stats = read_json(path)
-        missing = {"mean", "std", "z_mean", "z_std", "count", "fingerprint"} - set(stats)
+        missing = {"mean", "std", "z_mean", "z_std", "count", "fingerprint"} - set(
+            stats if isinstance(stats, dict) else ()
+        )
         if missing:
             raise UserError(f"{path} is not a latent statistics file: it lacks {', '.join(sorted(missing))}")
         mean, std = torch.tensor(stats["mean"]), torch.tensor(stats["std"])

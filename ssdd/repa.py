@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class PatchTokens(nn.Module):
         weights = load_tensors(find("dinov2_vitb14" if name == DINOV2_BASE else f"timm/{name}"))
         patch = weights["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in weights else 0
         if not patch or "pos_embed" not in weights:
-            raise UserError(f"aux_losses.repa.model={name}: its weights are not those of a vision transformer")
+            raise UserError(f"REPA with {name}: its weights are not those of a vision transformer")
         self.grid, self.size = grid, (grid[0] * patch, grid[1] * patch)
         with torch.random.fork_rng(devices=[]):
             self.model = timm.create_model(name, pretrained=False, num_classes=0, img_size=self.size)
@@ -35,7 +37,7 @@ class PatchTokens(nn.Module):
         expected = self.model.state_dict()
         misfits = [key for key, value in expected.items() if key not in weights or weights[key].shape != value.shape]
         if misfits:
-            raise UserError(f"aux_losses.repa.model={name}: its weights do not fit at {', '.join(misfits[:3])}")
+            raise UserError(f"REPA with {name}: its weights do not fit at {', '.join(misfits[:3])}")
         self.model.load_state_dict({key: weights[key] for key in expected})
         statistics = timm.data.resolve_model_data_config(self.model)
         self.register_buffer("mean", torch.tensor(statistics["mean"]).view(-1, 1, 1), persistent=False)
@@ -56,22 +58,26 @@ class PatchTokens(nn.Module):
 
 
 class RepaLoss(nn.Module):
-    """1 - mean cosine between the decoder's tokens, through a small network, and the teacher's tokens of the image."""
+    """1 - mean cosine between a transformer's tokens, through a small network, and the teacher's tokens of the image.
 
-    def __init__(self, channels: int, teacher: PatchTokens, layers: int = 2):
+    layers: linear layers of that network; hidden: their width, by default that of the tokens.
+    """
+
+    def __init__(self, channels: int, teacher: PatchTokens, layers: int = 2, hidden: int | None = None):
         super().__init__()
         self.teacher = teacher
+        widths = [channels, *[hidden or channels] * (layers - 1)]
         modules: list[nn.Module] = []
-        for _ in range(layers - 1):
-            modules += [nn.Linear(channels, channels), nn.SiLU()]
-        self.repa_mlp = nn.Sequential(*modules, nn.Linear(channels, teacher.dim))
+        for width, following in pairwise(widths):
+            modules += [nn.Linear(width, following), nn.SiLU()]
+        self.repa_mlp = nn.Sequential(*modules, nn.Linear(widths[-1], teacher.dim))
         for module in self.repa_mlp:
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="leaky_relu")
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """tokens [B, h, w, D] of the decoder, real images [B, 3, H, W] in [-1, 1] -> float32 scalar in [0, 2]."""
+        """tokens [B, h, w, D], real images [B, 3, H, W] in [-1, 1] -> float32 scalar in [0, 2]."""
         projected = self.repa_mlp(tokens).float()
         return 1 - F.cosine_similarity(projected, self.teacher(images).float(), dim=-1, eps=1e-5).mean()
 

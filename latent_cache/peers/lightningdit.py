@@ -99,7 +99,8 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(mean, std), float32 [C] each. UserError for anything but tensors in the file; nothing in it is ever run."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        return found["mean"].float().flatten().numpy(), found["std"].float().flatten().numpy()
+        mean, std = (dict(found)[name].float().flatten().numpy() for name in ("mean", "std"))
+        return mean, std
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise UserError(

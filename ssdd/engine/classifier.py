@@ -54,10 +54,15 @@ class SmallClassifier(nn.Module):
         return F.silu(self.penultimate(pooled))
 
     @torch.no_grad()
+    def correct(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Whether the most likely class of each uint8 image [n, 3, s, s] is its label (int64 [n]): bool [n], CPU."""
+        device = self.last.weight.device
+        return self(images.to(device)).argmax(dim=1).cpu() == labels.cpu()
+
     def accuracy(self, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
         """Share of uint8 images [n, 3, s, s] whose most likely class is their label (int64 [n])."""
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        return sum((self(x).argmax(dim=1) == y).sum().item() for x, y in batches) / len(images)
+        return torch.cat([self.correct(x, y) for x, y in batches]).double().mean().item()
 
     def save(self, path: str | Path) -> None:
         """Write weights and configuration into one safetensors file."""

@@ -22,8 +22,8 @@ from ssdd.engine.pictures import from_uint8, to_uint8
 from ssdd.engine.sources import DatasetConfig, ImageSource, open_source, random_state
 
 __all__ = [
-    "DatasetConfig", "ImageDataset", "ImageSource", "eval_batches", "open_source", "read_split", "steps_per_epoch",
-    "train_batches",
+    "DatasetConfig", "ImageDataset", "ImageSource", "eval_batches", "open_source", "read_batches", "read_split",
+    "steps_per_epoch", "train_batches",
 ]  # fmt: skip
 
 KEPT_BYTES = 256 << 20  # decoded images of a set up to this size stay in memory
@@ -167,7 +167,7 @@ def train_batches(
                 yield [(epoch, index) for index in rows.tolist()]
             epoch, step = epoch + 1, 0
 
-    for asked, pixels, labels, indices in _read(dataset, keys(), workers):
+    for asked, pixels, labels, indices in read_batches(dataset, keys(), workers):
         _count_skipped(dataset, asked, indices)
         yield from_uint8(pixels), labels, indices, asked[0][0]
 
@@ -182,7 +182,7 @@ def eval_batches(
     """
     own = range(rank, len(dataset), world)
     keys = ([(0, i) for i in own[first : first + batch_size]] for first in range(0, len(own), batch_size))
-    for asked, pixels, labels, indices in _read(dataset, keys, workers):
+    for asked, pixels, labels, indices in read_batches(dataset, keys, workers):
         readable = _count_skipped(dataset, asked, indices)
         if readable.any():
             yield from_uint8(pixels[readable]), labels[readable], indices[readable]
@@ -207,7 +207,7 @@ def _count_skipped(dataset: ImageDataset, asked: list[Key], indices: Tensor) -> 
 Rows = tuple[list[Key], Tensor, Tensor, Tensor]
 
 
-def _read(dataset: ImageDataset, keys: Iterable[list[Key]], workers: int) -> Iterator[Rows]:
+def read_batches(dataset: ImageDataset, keys: Iterable[list[Key]], workers: int) -> Iterator[Rows]:
     """Decode batch after batch, here or in worker processes: (keys, uint8 [b, 3, H, W], labels [b], indices [b])."""
     reader = _BatchReader(dataset)
     if workers == 0:

@@ -71,6 +71,18 @@ def _matmul_flops(dtype: torch.dtype, side: int = 1024) -> float:
     return 2 * side**3 / min(seconds[1:])
 
 
+def seconds_a_call(device: torch.device, work: Callable[[], object]) -> float:
+    """The shortest of three calls of `work`, after one that compiles and chooses kernels."""
+    seconds = []
+    for _ in range(4):
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
 class Throughput:
     """Speed since the last line of the log; nothing here waits for the device but `paused`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -12,11 +11,10 @@ from ssdd.config import SSDDConfig
 from ssdd.engine.images import ImageDataset, open_source, steps_per_epoch
 from ssdd.engine.optim import build_optimizer, parameter_groups
 from ssdd.engine.recompute import recompute_activations
-from ssdd.engine.training import open_accelerator, peak_memory, synchronize
+from ssdd.engine.throughput import seconds_a_call
+from ssdd.engine.training import open_accelerator, peak_memory
 from ssdd.objective import step_draws, weighted_sum
 from ssdd.tasks.networks import build_discriminator, build_objective, build_tokenizer
-
-TIMED_STEPS = 3
 
 
 def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
@@ -46,10 +44,8 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
         recompute_activations(network)
     if cfg.ssdd.compile:
         network.compile()
-    seconds = []
-    for _ in range(TIMED_STEPS + 1):  # the first compiles and chooses kernels
-        synchronize(device)
-        began = time.perf_counter()
+
+    def step() -> None:
         with accelerator.autocast():
             loss = weighted_sum(objective(x, draws, None, *given), vars(cfg.losses))
         accelerator.backward(loss)
@@ -60,9 +56,8 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
             discriminator.zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    step_seconds = min(seconds[1:]) * cfg.training.grad_accumulate
+
+    step_seconds = seconds_a_call(device, step) * cfg.training.grad_accumulate
     result = {
         "parameters": {
             "encoder": sum(p.numel() for p in network.encoder.parameters()),

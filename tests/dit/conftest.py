@@ -56,7 +56,7 @@ def settings(caches: dict[str, Path], tmp_path: Path) -> Callable[..., DiTConfig
             ckpt_dir=str(tmp_path),
             cache=str(caches[content]),
             model=ModelConfig(name="DiT-XXS/1"),
-            training=TrainingConfig(**{**values, "ema": EmaConfig(decay=0.9, start_iter=2), **training}),
+            training=TrainingConfig(**{**values, "ema": EmaConfig(decays=[0.9], start_iter=2), **training}),
         )
 
     return make

@@ -9,9 +9,11 @@ from dit.config import DiTConfig
 from dit.evaluate import run
 from ssdd import SSDD, LatentNorm
 from ssdd.engine.checkpoint import save_tensors
+from ssdd.engine.classifier import SmallClassifier, train_classifier
 from ssdd.engine.config import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
+from ssdd.engine.images import DatasetConfig, read_split
 
 
 @pytest.fixture
@@ -45,7 +47,11 @@ def evaluate(folder, *arguments: str) -> dict:
 
 
 def test_equal_decoders_score_equally_and_batches_do_not_matter(sample_set):
-    large = evaluate(sample_set, "evaluation.class_accuracy=true", "evaluation.baseline_numbers=8")
+    images, labels, classes = read_split(DatasetConfig(source="digits", im_size=16), "train")
+    train_classifier(images, labels, classes, steps=100).save(sample_set / "classifier.safetensors")
+    large = evaluate(
+        sample_set, f"evaluation.classifier={sample_set / 'classifier.safetensors'}", "evaluation.baseline_numbers=8"
+    )
     small = evaluate(sample_set, "evaluation.batch_size=7")
     rows = {row["name"]: row for row in large["rows"]}
     scores = {name: row["distances"]["efficientnet_lite0"] for name, row in rows.items()}
@@ -60,6 +66,12 @@ def test_equal_decoders_score_equally_and_batches_do_not_matter(sample_set):
         )
     pictures = {path.stem for path in (sample_set / "evaluation" / "pictures").iterdir()}
     assert pictures == {"one", "same", "two"}
+
+
+def test_a_classifier_of_fewer_classes_is_no_judge(sample_set):
+    SmallClassifier(9).save(sample_set / "nine.safetensors")
+    with pytest.raises(UserError, match="knows classes 0 to 8, samples have label 9"):
+        evaluate(sample_set, f"evaluation.classifier={sample_set / 'nine.safetensors'}")
 
 
 def test_latents_of_another_encoder_another_size_or_nothing_are_refused(sample_set):

@@ -235,7 +235,8 @@ def command(*words: str) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_continues_to_the_same_figures(folder):
-    keys = ("evaluation.npz=true", "evaluation.class_accuracy=true", "evaluation.baseline_numbers=4")
+    judge = f"evaluation.classifier={folder / 'classifier.safetensors'}"
+    keys = ("evaluation.npz=true", judge, "evaluation.baseline_numbers=4")
     straight = command("-m", "dit.main", *arguments(folder, *keys, out="straight"))
     assert "generation gap" in straight.stdout
     killed = command("-m", "tests.dit.killed", *arguments(folder, *keys, out="killed"))

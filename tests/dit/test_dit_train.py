@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from dit.config import DiTConfig
 from dit.model import DiT
-from dit.train import run, step_draws
+from dit.objective import step_draws
+from dit.train import run
 from ssdd.engine.config import to_yaml
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError

@@ -17,6 +17,7 @@ from PIL import Image
 from latent_cache import LatentDataset
 from latent_cache import build as build_module
 from latent_cache.build import build
+from latent_cache.folder import FolderLock
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
 from tests.latent_cache.straight import files, posteriors
@@ -127,6 +128,23 @@ def test_an_unfinished_build_of_other_settings_is_refused(settings, tmp_path, mo
         build(settings(tmp_path, dataset={"limit": 10}, samples_per_shard=5))
     build(settings(tmp_path, dataset={"limit": 10}, samples_per_shard=5, overwrite=True))
     assert LatentDataset(tmp_path, verify="full").manifest["samples_per_shard"] == 5
+
+
+def test_what_killed_processes_left_is_removed_before_the_build_goes_on(settings, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build_module, "normalise_shards", interrupt)
+        build(settings(tmp_path, dataset={"limit": 10}))
+    leftover = tmp_path / ".partial/train/000000.4711.npy.tmp"
+    leftover.write_bytes(bytes(1000))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build_module, "normalise_shards", interrupt)
+        build(settings(tmp_path, dataset={"limit": 10}))
+    assert not leftover.exists() and (tmp_path / ".partial/train/000000.npy").is_file()
+
+
+def test_a_machine_that_does_not_see_the_folder_is_told_to_share_it(tmp_path):
+    with pytest.raises(UserError, match="all machines of a build must share the disk of out="):
+        FolderLock(tmp_path / "elsewhere")
 
 
 def interrupt(*_: object) -> None:

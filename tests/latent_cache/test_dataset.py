@@ -191,6 +191,14 @@ def test_a_state_is_for_its_seed_and_for_one_iterator(means):
     assert next(cache.batches(15, seed=4))[2].tolist() == cache.epoch_order(4, 0)[:15].tolist()
 
 
+def test_a_state_from_before_the_first_batch_begins_with_any_seed(means):
+    cache = LatentDataset(means)
+    cache.load_state_dict(LatentDataset(means).state_dict())
+    assert next(cache.batches(15, seed=4))[2].tolist() == cache.epoch_order(4, 0)[:15].tolist()
+    cache.batches(15, seed=4, start_step=6)
+    assert cache.state_dict() == {"seed": 4, "epoch": 1, "position": 30}
+
+
 def test_worker_processes_read_the_same(means):
     cache = LatentDataset(means)
     loader = torch.utils.data.DataLoader(cache, batch_size=30, num_workers=1, multiprocessing_context="fork")

@@ -14,9 +14,10 @@ import pytest
 from latent_cache import LatentDataset
 from latent_cache import build as build_module
 from latent_cache.build import build
-from latent_cache.config import ExportConfig, ImportConfig
+from latent_cache.config import ExportConfig, ImportConfig, StatsConfig
 from latent_cache.export import FORMATS, export
 from latent_cache.importing import import_latents
+from latent_cache.stats import stats
 from latent_cache.verify import verify
 from ssdd.engine.errors import UserError
 from ssdd.latent import LatentNorm
@@ -134,6 +135,8 @@ def test_a_damaged_label_is_told_when_labels_are_read(means, tmp_path):
     tar.write_bytes(data)
     with pytest.raises(UserError, match=r"000001\.tar: a label is not a whole number.*verify"):
         _ = LatentDataset(folder).labels
+    with pytest.raises(UserError, match=r"000001\.tar: a label is not a whole number"):
+        stats(StatsConfig(str(folder)))
     assert len(verify(folder)) == 1
 
 

@@ -403,6 +403,25 @@ def test_another_format_is_told_from_its_files(tmp_path, layout):
         import_latents(ImportConfig(layout, str(tmp_path), str(tmp_path / "out")))
 
 
+def test_a_file_that_a_list_of_labels_names_but_is_missing_is_named(posterior_cache, tmp_path):
+    export(ExportConfig(str(posterior_cache), "repa", str(tmp_path / "there")))
+    (tmp_path / "there/00000/img-mean-std-00000003.npy").unlink()
+    with pytest.raises(UserError, match=r"img-mean-std-00000003\.npy is missing"):
+        import_latents(ImportConfig("repa", str(tmp_path / "there"), str(tmp_path / "back")))
+
+
+def test_a_source_without_latents_and_statistics_that_are_none_are_refused(tmp_path):
+    folder, _ = foreign(tmp_path)
+    torch.save(torch.zeros(3), folder / "latents_stats.pt")
+    with pytest.raises(UserError, match=r"latents_stats\.pt is not a file of two tensors"):
+        import_latents(ImportConfig("lightningdit", str(folder), str(tmp_path / "cache")))
+    (folder / "latents_stats.pt").unlink()
+    for path in folder.glob("*.safetensors"):
+        save_file({"latents": np.zeros((0, 3, 4, 4), np.float32), "labels": np.zeros(0, np.int64)}, path)
+    with pytest.raises(UserError, match="holds no latents"):
+        import_latents(ImportConfig("lightningdit", str(folder), str(tmp_path / "cache")))
+
+
 def test_a_cut_safetensors_file_is_named(tmp_path):
     folder, _ = foreign(tmp_path)
     path = folder / "latents_rank01_shard000.safetensors"

@@ -17,6 +17,7 @@ import torch
 
 from latent_cache import LatentDataset, StreamingLatents, open_webdataset
 from latent_cache.build import build
+from latent_cache.fetch import ShardFetcher
 from latent_cache.verify import verify
 from ssdd.engine import fetch
 from ssdd.engine.errors import UserError
@@ -125,6 +126,19 @@ def test_a_saved_state_goes_on_with_exactly_the_remaining_samples(moments, tmp_p
     assert read(resumed, 5) == expected[3:]
 
 
+def test_a_state_is_for_its_kind_of_reader_but_a_start_is_for_all(means, tmp_path):
+    stream, mapped = StreamingLatents(str(means), cache_dir=tmp_path, window=2), LatentDataset(means)
+    stream.load_state_dict(stream.state_dict())
+    next(stream.batches(10))
+    mapped.load_state_dict(stream.state_dict())
+    with pytest.raises(UserError, match="window=None, but the state to go on from belongs to window 2"):
+        mapped.batches(10)
+    next(mapped.batches(10, start_step=0))
+    stream.load_state_dict(mapped.state_dict())
+    with pytest.raises(UserError, match="window=2, but .* was saved by another kind of reader"):
+        stream.batches(10)
+
+
 def test_an_iteration_resumes_to_the_sample(means, tmp_path):
     stream = StreamingLatents(str(means), cache_dir=tmp_path)
     whole = [index for _, _, index in stream]
@@ -161,6 +175,21 @@ def test_a_bounded_copy_stays_within_its_bytes_and_gives_the_same(means, tmp_pat
         assert sum(tar.stat().st_size for tar in (tmp_path / "bounded/train").glob("*.tar")) <= 3 * size
     with pytest.raises(UserError, match=r"cache_bytes=1000 can't hold the 4 shards .* raise it, or lower window=16"):
         next(StreamingLatents(str(means), cache_dir=tmp_path / "small", cache_bytes=1000).batches(10))
+
+
+def test_a_shard_that_another_process_deletes_before_it_is_mapped_is_fetched_again(means, tmp_path, monkeypatch):
+    stream = StreamingLatents(str(means), cache_dir=tmp_path)
+    tar, waits, wait = tmp_path / "train/000001.tar", [], ShardFetcher.wait
+
+    def deleted_once(fetcher, number):
+        wait(fetcher, number)
+        waits.append(number)
+        if waits.count(1) == 1:
+            tar.unlink(missing_ok=True)
+
+    monkeypatch.setattr(ShardFetcher, "wait", deleted_once)
+    assert torch.equal(stream.gather(range(60))[0], LatentDataset(means).gather(range(60))[0])
+    assert waits.count(1) == 2 and tar.is_file()
 
 
 class Faults:

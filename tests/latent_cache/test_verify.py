@@ -88,6 +88,7 @@ DAMAGE = [
     (drop_sample, r"manifest\.json was changed"),
     (foreign_statistics, "statistics of another encoder"),
     (scaled_statistics, r"z_stats\.json is not the file that was built"),
+    (lambda cache: (cache / "z_stats.json").write_text("5"), r"z_stats\.json is not a latent statistics file"),
     (lambda cache: (cache / "manifest.json").unlink(), r"manifest\.json is missing"),
 ]
 
