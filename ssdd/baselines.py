@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ssdd.engine.noise import seed_of
 
+ROWS = 2048  # images that are float64 at a time
+
 
 class PixelPCA:
     """Principal components of training images (uint8 [n, 3, H, W]): as many numbers an image as a latent has."""
@@ -17,13 +19,15 @@ class PixelPCA:
         from sklearn.decomposition import PCA
 
         self.shape = images.shape[1:]
-        self.pca = PCA(min(numbers, len(images), images[0].numel()), svd_solver="full").fit(
-            images.flatten(1).double().numpy()
-        )
+        dim = images[0].numel()
+        solver = "covariance_eigh" if len(images) >= dim else "full"  # full holds several copies of all images
+        pca = PCA(min(numbers, len(images), dim), svd_solver=solver)
+        self.pca = pca.fit(images.flatten(1).double().numpy())
 
     def encode(self, images: Tensor) -> np.ndarray:
         """uint8 [n, 3, H, W] -> float64 [n, numbers]."""
-        return self.pca.transform(images.flatten(1).double().numpy())
+        parts = (self.pca.transform(part.flatten(1).double().numpy()) for part in images.split(ROWS))
+        return np.concatenate(list(parts))
 
     def decode(self, numbers: np.ndarray) -> Tensor:
         """float64 [n, numbers] -> uint8 [n, 3, H, W], rounded."""
