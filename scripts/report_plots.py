@@ -151,13 +151,13 @@ def noise_plot(evaluation: Evaluation, network: str, name: str) -> list[Plot]:
         return []
     has_kid = all("kid" in line for lines in decoders.values() for line in lines)
     key, distance = ("kid", "KID") if has_kid else ("frechet", distance_name(network))
-    families = list(dict.fromkeys(family(name) for name in decoders))
+    families = list(dict.fromkeys(family(decoder) for decoder in decoders))
     curves = []
-    for i, (name, lines) in enumerate(decoders.items()):
+    for i, (decoder, lines) in enumerate(decoders.items()):
         points = [(line["noise"], *_values(line, key)) for line in lines]
-        first = next(other for other in decoders if family(other) == family(name)) == name
-        place = families.index(family(name))
-        curves.append(Curve(name, points, place, MARKERS[i % len(MARKERS)], "-" if first else "--"))
+        first = next(other for other in decoders if family(other) == family(decoder)) == decoder
+        place = families.index(family(decoder))
+        curves.append(Curve(decoder, points, place, MARKERS[i % len(MARKERS)], "-" if first else "--"))
     caption = f"Robustness: {distance} of reconstructions from latents with added noise, features {short(network)}."
     return [draw(f"{name}-noise", caption, curves, "noise, standard deviations of the latents", f"r{distance}")]
 

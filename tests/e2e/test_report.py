@@ -88,7 +88,7 @@ def write_evaluations(jobs: Path) -> list[Path]:
         reference={"source": "digits", "fingerprint": "34" * 32, "crop": "adm"},
         shown=[{"label": 0, "indices": [0, 2, 4]}, {"label": 1, "indices": [1, 3, 5]}],
         gap={NETWORK: {"teacher-4": gap}},
-        latent_noise={NETWORK: {"teacher-4": noise, "student-1": noise}},
+        latent_noise={name: {"teacher-4": noise, "student-1": noise} for name in (NETWORK, CLASSIFIER)},
         sweep=[
             {
                 "cfg_scale": c,
