@@ -168,7 +168,7 @@ def index_tar(path: Path, where: str = "", labelled: bool = True) -> list[Entry]
 
     Members are named as WebDataset does: the key ends at the first dot of the file name. Members that are neither
     picture nor label are left alone, but for pickles: no shard with one is read.
-    labelled: whether every picture must have a label; otherwise a missing one is -1.
+    labelled: whether every picture must have a label; otherwise none is read, and all are -1.
     """
     where = where or str(path)
     pictures: dict[str, tuple[str, int, int]] = {}
@@ -193,7 +193,7 @@ def index_tar(path: Path, where: str = "", labelled: bool = True) -> list[Entry]
         if key not in pictures:
             raise UserError(f"sample {key} of {where} has no picture: expected {key}.{'|'.join(IMAGE_EXTENSIONS)}")
     samples = [(picture, labels.get(key, {}), f"sample {key} of {where}") for key, picture in pictures.items()]
-    return [(*picture, _label(found, sample) if found or labelled else -1) for picture, found, sample in samples]
+    return [(*picture, _label(found, sample) if labelled else -1) for picture, found, sample in samples]
 
 
 def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:

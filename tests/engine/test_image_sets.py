@@ -84,6 +84,10 @@ def test_shards_have_the_same_pixels_and_treatment_as_the_files_with_or_without_
     assert shards.treatment == folder.treatment and shards.describe()["stored"] == folder.describe()["stored"]
     assert shards.fingerprint() == folder.fingerprint()
     assert len(open_set(tmp_path / "shards" / "1.tar")) == 1
+    (tmp_path / "1.json").write_text('{"caption": "no label"}')
+    with tarfile.open(tmp_path / "shards" / "1.tar", "a") as tar:
+        tar.add(tmp_path / "1.json", arcname="deep/d.json")
+    assert len(open_set(tmp_path / "shards")) == 4
     with tarfile.open(tmp_path / "shards" / "0.tar", "a") as tar:
         tar.add(mixed / "b.png", arcname="b.pkl")
     with pytest.raises(UserError, match="can run code"):
