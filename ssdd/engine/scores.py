@@ -123,7 +123,13 @@ def gathered_keys(collected: Mapping[str, Any]) -> list[str]:
 
 
 def compare(
-    sets: dict[str, Statistics], rows: Sequence[str], originals: str, reals: str | None, resamples: int, seed: int
+    sets: dict[str, Statistics],
+    rows: Sequence[str],
+    originals: str,
+    reals: str | None,
+    resamples: int,
+    seed: int,
+    with_precision: bool = True,
 ) -> tuple[dict[str, dict[str, float]], dict[str, KernelEstimate]]:
     """Scores of the sets `rows` on the features of one network.
 
@@ -132,7 +138,8 @@ def compare(
     set `reals`, which must not be the very images that were reconstructed: pairs of an image and its own reconstruction
     would make the unbiased KID negative. Precision and recall take 10 000 of `reals` at most, as ADM's evaluator does,
     KID 10 000 of every set.
-    Without `reals`, or without kept features, these are left out.
+    Without `reals`, or without kept features, these are left out. with_precision=False leaves out precision and recall,
+    whose time grows with the square of a row's images.
     Returns (row -> {frechet, spatial_frechet, inception_score, inception_score_deviation, kid, kid_low, kid_high,
     kid_deviation, precision, recall}, row -> its KID's bootstrap).
     """
@@ -152,15 +159,15 @@ def compare(
         {row: drawn(sets[row].features, KERNEL_IMAGES) for row in rows}, drawn(features, KERNEL_IMAGES), resamples, seed
     )
     for row, kernel in kernels.items():
-        precision, recall = precision_recall(drawn(features, PRECISION_REFERENCES), sets[row].features)
         scores[row] |= {
             "kid": kernel.value,
             "kid_low": kernel.low,
             "kid_high": kernel.high,
             "kid_deviation": kernel.deviation,
-            "precision": precision,
-            "recall": recall,
         }
+        if with_precision:
+            precision, recall = precision_recall(drawn(features, PRECISION_REFERENCES), sets[row].features)
+            scores[row] |= {"precision": precision, "recall": recall}
     return scores, kernels
 
 

@@ -69,6 +69,13 @@ def test_kernel_scores_are_to_the_other_real_images(sets):
     assert (rows["far"]["precision"], rows["far"]["recall"]) == (0, 0)
 
 
+def test_precision_and_recall_are_left_out_on_demand_and_change_nothing_else(sets):
+    full, less = (compare(sets, ["moved"], "originals", "reals", 10, 0, with_precision=p)[0] for p in (True, False))
+    assert (
+        less["moved"] == {k: v for k, v in full["moved"].items() if k not in ("precision", "recall")} != full["moved"]
+    )
+
+
 def test_the_frechet_distance_is_to_the_originals_also_beside_other_real_images(sets):
     rows, _ = compare(sets, ["moved"], "originals", "reals", resamples=10, seed=0)
     assert rows["moved"]["frechet"] == pytest.approx(DIM * 2**2, rel=1e-6)
