@@ -33,6 +33,38 @@ class Statistics:
     inception_score: tuple[float, float] | None = None
 
 
+class SeenIndices:
+    """The indices of the images that came so far, in order of arrival; a batch takes as long however many there are."""
+
+    def __init__(self) -> None:
+        self._parts = [torch.empty(0, dtype=torch.int64)]
+        self._has = torch.zeros(0, dtype=torch.bool)
+
+    def add(self, indices: Tensor) -> Tensor:
+        """Note indices (int64 [n], not negative); returns the places of those that are new, ascending by index."""
+        indices = indices.detach().cpu().long()
+        missing = int(indices.max()) + 1 - len(self._has) if len(indices) else 0
+        if missing > 0:
+            self._has = torch.cat([self._has, torch.zeros(missing + len(self._has), dtype=torch.bool)])
+        fresh = first_places(indices)
+        fresh = fresh[~self._has[indices[fresh]]]
+        self._has[indices[fresh]] = True
+        self._parts.append(indices[fresh])
+        return fresh
+
+    def all(self) -> Tensor:
+        """int64 [n]."""
+        self._parts = [torch.cat(self._parts)]
+        return self._parts[0]
+
+    def reduce(self) -> None:
+        """Those of all processes, in rank order; what two of them have is there twice."""
+        self._parts = [gather_rows(self.all())]
+
+    def has_doubles(self) -> bool:
+        return len(self.all().unique()) < len(self.all())
+
+
 class FeatureStatistics:
     """Collects the features of a set of images, over batches and processes, each image index once.
 
@@ -45,7 +77,7 @@ class FeatureStatistics:
         self.dim = dim
         self.keep_features = keep_features
         self._reduced = False
-        self._seen = torch.empty(0, dtype=torch.int64)  # image indices, one a row of `_features`
+        self._seen = SeenIndices()  # one a row of `_features`
         self._features: list[Tensor] = []
         self._moments = _Moments(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
 
@@ -55,12 +87,9 @@ class FeatureStatistics:
             raise ValueError(f"expected features [{len(indices)}, {self.dim}], got {tuple(features.shape)}")
         if self._reduced:
             raise RuntimeError("update after reduce: the other processes would miss these images")
-        indices = indices.detach().cpu().long()
-        fresh = first_places(indices)
-        fresh = fresh[~torch.isin(indices[fresh], self._seen)]
+        fresh = self._seen.add(indices)
         if not len(fresh):
             return
-        self._seen = torch.cat([self._seen, indices[fresh]])
         features = features.detach().float()[fresh.to(features.device)]
         if self.keep_features:
             self._features.append(features.cpu())
@@ -77,11 +106,11 @@ class FeatureStatistics:
         if self.keep_features:
             features = torch.cat(self._features) if self._features else torch.empty(0, self.dim)
             self._features = [gather_rows(features)]
-        self._seen = gather_rows(self._seen)
+        self._seen.reduce()
         if not self.keep_features:
-            if len(self._seen.unique()) < len(self._seen):
+            if self._seen.has_doubles():
                 raise ValueError("two processes have the same image: with keep_features=False it would count twice")
-            self._moments = self._moments.reduced(len(self._seen))
+            self._moments = self._moments.reduced(len(self._seen.all()))
         self._reduced = True
 
     def compute(self) -> Statistics:
@@ -90,7 +119,7 @@ class FeatureStatistics:
         moments = self._moments
         if self.keep_features:
             features = torch.cat(self._features) if self._features else torch.empty(0, self.dim)
-            features = features[first_places(self._seen)]  # by index: any order of arrival gives the same bits
+            features = features[first_places(self._seen.all())]  # by index: any order of arrival gives the same bits
             moments = _Moments.of(features.double()) if len(features) else moments
         if moments.count < 2:
             raise ValueError(f"statistics need at least 2 images, got {moments.count}")
@@ -114,7 +143,8 @@ class _Moments:
     @classmethod
     def of(cls, x: Tensor) -> _Moments:
         mean = x.mean(dim=0)
-        return cls(len(x), mean, (x - mean).T @ (x - mean))
+        centred = x - mean
+        return cls(len(x), mean, centred.T @ centred)
 
     def merged(self, new: _Moments) -> _Moments:
         count = self.count + new.count
@@ -226,14 +256,14 @@ def _collective_device() -> torch.device:
 
 def _squared_distances(x: Tensor, y: Tensor, exclude_same: bool = False) -> Iterator[Tensor]:
     """Squared distances of blocks of rows of x to all rows of y: [<= ROWS, m]; exclude_same: none to a row itself."""
-    x, y = x.double(), y.to(x.device, torch.float64)
+    y = y.to(x.device, torch.float64)
     lengths = y.square().sum(dim=1)
     for first in range(0, len(x), ROWS):
-        block = x[first : first + ROWS]
-        distances = block.square().sum(dim=1, keepdim=True) + lengths - 2 * block @ y.T
+        block = x[first : first + ROWS].double()
+        distances = torch.addmm(lengths, block, y.T, alpha=-2).add_(block.square().sum(dim=1, keepdim=True))
         if exclude_same:
             distances.diagonal(first).fill_(torch.inf)
-        yield distances.clamp(min=0)
+        yield distances.clamp_(min=0)
 
 
 def _nearest(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:

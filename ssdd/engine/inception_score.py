@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssdd.engine.fidelity import all_reduce_sum, first_places, float64_device, gather_rows
+from ssdd.engine.fidelity import SeenIndices, all_reduce_sum, float64_device, gather_rows
 
 SPLIT_SIZE = 5000  # ADM
 
@@ -33,7 +33,7 @@ class InceptionScore:
     def __init__(self, classes: int, splits: Tensor | None = None) -> None:
         self.classes = classes
         self._splits = splits
-        self._seen = torch.empty(0, dtype=torch.int64)
+        self._seen = SeenIndices()
         self._reduced = False
         self._counts = torch.zeros(0, dtype=torch.float64)  # images
         self._sums = torch.zeros(0, classes, dtype=torch.float64)  # sum of p
@@ -45,13 +45,10 @@ class InceptionScore:
             raise ValueError(f"expected logits [{len(indices)}, {self.classes}], got {tuple(logits.shape)}")
         if self._reduced:
             raise RuntimeError("update after reduce: the other processes would miss these images")
-        indices = indices.detach().cpu().long()
-        fresh = first_places(indices)
-        fresh = fresh[~torch.isin(indices[fresh], self._seen)]
+        fresh = self._seen.add(indices)
         if not len(fresh):
             return
-        indices = indices[fresh]
-        self._seen = torch.cat([self._seen, indices])
+        indices = indices.detach().cpu().long()[fresh]
         splits = indices // SPLIT_SIZE if self._splits is None else self._splits[indices]
         device = float64_device(logits.device)
         log_p = logits.detach()[fresh.to(logits.device)].to(device, torch.float64).log_softmax(dim=1)
@@ -65,8 +62,8 @@ class InceptionScore:
         """Merge the images of all processes into every process; without torch.distributed nothing happens."""
         if self._reduced or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
-        self._seen = gather_rows(self._seen)
-        if len(self._seen.unique()) < len(self._seen):
+        self._seen.reduce()
+        if self._seen.has_doubles():
             raise ValueError("two processes have the same image: it would count twice in the Inception Score")
         self._grow(int(gather_rows(torch.tensor([len(self._counts)])).max()), self._counts.device)
         self._counts = all_reduce_sum(self._counts)

@@ -11,6 +11,7 @@ import torch
 
 from ssdd.engine.fidelity import (
     FeatureStatistics,
+    SeenIndices,
     Statistics,
     copy_rate,
     frechet_distance,
@@ -66,6 +67,14 @@ def test_the_outcome_does_not_depend_on_the_order_of_arrival_in_any_bit():
     whole, other = statistics_of(features), shuffled.compute()
     assert torch.equal(whole.mean, other.mean) and torch.equal(whole.cov, other.cov)
     assert torch.equal(other.features, features)
+
+
+def test_indices_are_new_once_whatever_their_order_and_however_far_apart():
+    seen = SeenIndices()
+    assert seen.add(torch.tensor([7, 3, 7])).tolist() == [1, 0]
+    assert seen.add(torch.tensor([3, 9000, 0, 7])).tolist() == [2, 1]
+    assert len(seen.add(torch.tensor([], dtype=torch.int64))) == 0
+    assert seen.all().tolist() == [3, 7, 0, 9000] and not seen.has_doubles()
 
 
 @pytest.mark.parametrize("keep_features", [True, False])
