@@ -71,17 +71,22 @@ class RealImages:
 
 
 class ForeignReference:
-    """A reference that somebody else made, in the place of the training images."""
+    """A reference that somebody else made, in the place of the training images.
+
+    UserError when it is a file of statistics of another network.
+    """
 
     def __init__(self, cfg: DiTConfig, measuring: Measuring, cache: Path):
         self.opened = SetToMeasure(cfg.evaluation.reference, cfg.dataset.im_size, cfg.dataset.crop)
         self.measuring, self.cache = measuring, cache
+        for network in measuring.networks:
+            self.opened.check_network(network)
 
     def measure(self) -> None:
         """The main process reads or measures it with its first use."""
 
     def statistics(self) -> dict[str, Statistics]:
-        """Network name -> statistics. UserError when they are of another network."""
+        """Network name -> statistics."""
         return {
             network.name: self.opened.statistics(network, self.measuring.batch_size, cache=self.cache)
             for network in self.measuring.networks

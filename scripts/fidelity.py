@@ -103,6 +103,9 @@ def run(cfg: FidelityConfig) -> dict[str, Any]:
     networks = load_networks(cfg.features.split(","), device)
     if not networks:
         raise UserError("no feature network has its weights on this machine; name one to be told how to fetch it")
+    for images in opened.values():
+        for network in networks:
+            images.check_network(network)
     check_decision(cfg.decide, [opened[name].count for name in names], networks)
     result: dict[str, Any] = {
         "reference": opened[reference].describe(),
@@ -181,7 +184,8 @@ def decide(
         raise UserError("decide=kid needs the images of every set, not only statistics")
     differences = paired_differences(kernels, names)
     closest = min(names, key=lambda name: scores[name]["kid"])
-    own = [difference for pair, difference in differences.items() if closest in pair.split(" - ")]
+    pairs = [pair for other in names for pair in (f"{closest} - {other}", f"{other} - {closest}")]
+    own = [differences[pair] for pair in pairs if pair in differences]
     sure = not any(difference["low"] <= 0 <= difference["high"] for difference in own)
     return {"by": by, "closest": closest if sure else None, "differences": differences}
 

@@ -24,9 +24,10 @@ from ssdd.engine.features import FeatureNetwork
 from ssdd.engine.fidelity import Statistics
 from ssdd.engine.files import sha256_file, sha256_json
 from ssdd.engine.image_sets import NPZ_IMAGES, ImageSet, Treatment, open_set
-from ssdd.engine.scores import SetScores
+from ssdd.engine.scores import Collected, drawn_indices
 
 FORMAT = "ssdd fidelity statistics 1"
+KEPT_IMAGES = 100_000  # whose features are kept: two parts of 50 000 for a floor
 FOREIGN_NETWORK = "inception"  # what mu and sigma of foreign files were measured with
 
 
@@ -36,12 +37,16 @@ def default_cache() -> Path:
 
 
 def measure(images: ImageSet, network: FeatureNetwork, batch_size: int, keep_features: bool = True) -> Statistics:
-    """Statistics of all images of a set, in this process, on the network's device; no image is stored."""
+    """Statistics of all images of a set, in this process, on the network's device; no image is stored.
+
+    keep_features: also keep features, those of 100 000 images at most.
+    """
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    scores = SetScores([network], keep_features)
+    some = keep_features and len(images) > KEPT_IMAGES
+    collected = Collected(network, drawn_indices(len(images), KEPT_IMAGES) if some else keep_features)
     for pixels, indices in images.batches(batch_size):
-        scores.update("set", pixels.to(device), indices)
-    return scores.compute()[network.name]["set"]
+        collected.update(network.outputs(pixels.to(device)), indices)
+    return collected.compute()
 
 
 def measure_once(images: ImageSet, network: FeatureNetwork, batch_size: int, cache: Path) -> Statistics:
@@ -56,7 +61,7 @@ def measure_once(images: ImageSet, network: FeatureNetwork, batch_size: int, cac
 
 
 def provenance_of(images: ImageSet, network: FeatureNetwork) -> dict[str, Any]:
-    """What the statistics of a set are a function of: network, weights, resize, crop, size, count, fingerprint."""
+    """What the statistics of a set are a function of: network, weights, resize, crop, size, counts, fingerprint."""
     treatment = images.treatment
     size = list(treatment.size) if treatment.size else None
     return {
@@ -64,6 +69,7 @@ def provenance_of(images: ImageSet, network: FeatureNetwork) -> dict[str, Any]:
         "crop": treatment.crop,
         "size": size,
         "count": len(images),
+        "kept_features": min(KEPT_IMAGES, len(images)),
         "fingerprint": images.fingerprint(),
     }
 
@@ -139,7 +145,7 @@ class SetToMeasure:
     def statistics(
         self, network: FeatureNetwork, batch_size: int, keep_features: bool = True, cache: Path | None = None
     ) -> Statistics:
-        """Statistics for `network`; with `cache` measured once. UserError when the file is of another network.
+        """Statistics for `network`; with `cache` measured once. UserError as `check_network`.
 
         ADM's file says nothing of its count, and its features are those of its 10 000 images.
         """
@@ -147,6 +153,17 @@ class SetToMeasure:
             if cache is not None:
                 return measure_once(self.images, network, batch_size, cache)
             return measure(self.images, network, batch_size, keep_features)
+        self.check_network(network)
+        statistics = self._loaded[0]
+        if self.images is not None and keep_features:
+            features = measure(self.images, network, batch_size).features
+            statistics = replace(statistics, features=features)
+        return statistics
+
+    def check_network(self, network: FeatureNetwork) -> None:
+        """UserError when this is a file of another network's statistics."""
+        if self._loaded is None:
+            return
         statistics, provenance = self._loaded
         own = provenance["checksum"] is None or provenance["checksum"] == network.checksum
         if provenance["network"] != network.name or not own or len(statistics.mean) != network.dim:
@@ -155,10 +172,6 @@ class SetToMeasure:
                 f"{len(statistics.mean)} numbers), not with {network.name} (weights {network.checksum}, {network.dim} "
                 f"numbers); give features={provenance['network']}, or the images"
             )
-        if self.images is not None and keep_features:
-            features = measure(self.images, network, batch_size).features
-            statistics = replace(statistics, features=features)
-        return statistics
 
 
 def _adm_file(path: Path, images: ImageSet | None) -> tuple[Statistics, dict[str, Any]]:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.fidelity import main
+from scripts.fidelity import decide, main
 from ssdd.engine import scores
 from ssdd.engine.features import load_features
 from ssdd.engine.image_sets import open_set
-from ssdd.engine.reference import measure
+from ssdd.engine.kid import KernelEstimate
+from ssdd.engine.reference import SetToMeasure, measure
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,24 @@ def test_mixed_folders_are_compared_and_the_result_says_how_each_was_treated(fol
     assert rows[good]["kid_of_subsets_deviation"] > 0
     assert result["decision"]["efficientnet_lite0"]["closest"] == good
     assert "24 images are fewer than 10 a dimension" in printed and "crop adm" in printed and "FID" not in printed
+
+
+def test_names_with_a_dash_between_spaces_decide_nothing_that_the_interval_leaves_open():
+    names = ["runs - a", "runs - b"]
+    kids = dict(zip(names, (1, 1.1), strict=True))
+    kernels = {name: KernelEstimate(kid, 0, 2, 1, np.array([-1.0, 0, 1]) + kid) for name, kid in kids.items()}
+    found = {name: {"kid": kernel.value} for name, kernel in kernels.items()}
+    assert decide("kid", names, found, kernels)["closest"] == "runs - a"  # every resample says so
+    kernels["runs - a"] = KernelEstimate(1, 0, 2, 1, np.array([1.0, 0, -1]))
+    assert decide("kid", names, found, kernels)["closest"] is None
+
+
+def test_statistics_of_another_network_are_refused_before_any_image_is_read(folders, tmp_path, capsys, monkeypatch):
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    monkeypatch.setattr(SetToMeasure, "statistics", None)
+    sets = [str(folders / "good"), str(tmp_path / "adm.npz"), "im_size=32"]
+    assert main([*sets, "features=efficientnet_lite0", f"out={tmp_path / 'no.json'}"]) == 2
+    assert "was measured with inception" in capsys.readouterr().err
 
 
 def test_different_sizes_are_refused_unless_allowed(folders, tmp_path, capsys):

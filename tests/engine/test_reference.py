@@ -50,6 +50,18 @@ def test_a_reference_is_measured_once_for_the_same_images_crop_and_weights(tmp_p
     assert len(list(cache.iterdir())) == 3
 
 
+def test_features_are_kept_of_so_many_images_at_most_and_moments_are_of_all(tmp_path, monkeypatch):
+    write(tmp_path / "a", 20)
+    images, network = open_set(tmp_path / "a"), means_network()
+    every = measure(images, network, 4)
+    monkeypatch.setattr(reference, "KEPT_IMAGES", 8)
+    some = measure_once(images, network, 4, tmp_path / "cache")
+    assert some.count == 20 and torch.allclose(some.cov, every.cov, rtol=1e-12)
+    assert len(some.features) == 8 and all((every.features == row).all(dim=1).any() for row in some.features)
+    monkeypatch.setattr(reference, "KEPT_IMAGES", 100)  # another number is another file
+    assert len(measure_once(images, network, 4, tmp_path / "cache").features) == 20
+
+
 def test_a_statistics_file_stands_for_its_images_and_says_where_it_comes_from(tmp_path):
     write(tmp_path / "a", 20)
     network = means_network()
