@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 INTERRUPTED = 3
+POLL_S = 0.1  # between looks at the memory of a stage
 
 if __name__ == "__main__":  # run as a path: become scripts.pipeline, whose relative imports work
     root = Path(__file__).resolve().parents[1]
@@ -156,8 +157,11 @@ def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, l
     began = time.perf_counter()
     process = subprocess.Popen(command, env=environment, pass_fds=[lock])
     stop.watch(process.pid)
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, but not yet free to be another's number
-    stop.process = None
+    peak = 0
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        peak = max(peak, largest_peak(process.pid))
+        time.sleep(POLL_S)
+    stop.process = None  # ended, but until now not free to be another's number
     _, wait_status, usage = os.wait4(process.pid, 0)
     status = process.returncode = os.waitstatus_to_exitcode(wait_status)
     seconds = before["seconds"] + time.perf_counter() - began
@@ -168,10 +172,29 @@ def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, l
             return INTERRUPTED
         return 128 - status if status < 0 else status  # ended by a signal: as shells count
     outputs = {str(path): sha256_file(path) for path in stage.outputs}
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     write_json(done, {"key": key, "seconds": seconds, "peak_memory_bytes": peak, "outputs": outputs})
     print(f"{title}: {seconds:.0f} s, peak memory {peak / 2**30:.1f} GiB", flush=True)
     return 0
+
+
+def largest_peak(process: int) -> int:
+    """Peak memory in bytes of the largest among a process and its descendants, 0 where Linux does not tell.
+
+    Asked while it runs: what `wait4` tells afterwards begins with the peak of this process, which started it.
+    """
+    from ssdd.engine.training import resident_peak
+
+    try:
+        children = [int(n) for task in Path(f"/proc/{process}/task").iterdir() for n in children_of(task)]
+    except OSError:  # not Linux, or it has just ended
+        children = []
+    return max([resident_peak(process), *(largest_peak(child) for child in children)])
+
+
+def children_of(task: Path) -> list[str]:
+    path = task / "children"
+    return path.read_text().split() if path.is_file() else []
 
 
 def fingerprint(cfg: Any, stage: Any, images: dict[str, str], records: Path) -> str:

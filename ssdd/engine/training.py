@@ -84,8 +84,16 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the device on CUDA, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # on Linux ru_maxrss begins with the peak of the process that started this one
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    if peak:
-        return int(peak[1]) * 1024
+    if peak := resident_peak("self"):  # on Linux ru_maxrss begins with the peak of the process that started this one
+        return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_peak(process: int | str) -> int:
+    """Peak resident bytes of a process that runs, or "self"; 0 where Linux does not tell."""
+    try:
+        told = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    peak = re.search(r"VmHWM:\s+(\d+) kB", told)
+    return int(peak[1]) * 1024 if peak else 0

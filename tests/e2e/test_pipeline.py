@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from scripts.pipeline import largest_peak
 from ssdd.engine.checkpoint import load
 from ssdd.engine.sources import DatasetConfig, open_source
 from tests.e2e.conftest import table_without_speed
@@ -88,3 +93,15 @@ def test_the_same_pipeline_runs_on_a_folder_of_pngs(pipeline, tmp_path):
     assert "student-1" in chain.run()
     result = json.loads((chain.root / "jobs" / "generation" / "task_result.json").read_text())
     assert result["reference"]["source"] == "imagefolder"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells the memory of another process")
+def test_the_memory_of_a_stage_is_that_of_its_largest_process_and_not_of_the_one_that_started_it():
+    held = bytearray(200 << 20)
+    program = "import sys; held = bytearray(64 << 20); print('ready', flush=True); sys.stdin.read()"
+    shell = ["sh", "-c", f'"{sys.executable}" -c "{program}"; true']
+    with subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        assert 64 << 20 < largest_peak(process.pid) < len(held)
+        assert largest_peak(os.getpid()) > len(held)
+    assert largest_peak(process.pid) == 0
