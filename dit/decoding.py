@@ -82,7 +82,7 @@ def open_samples(cfg: DiTConfig, rows: Sequence[Row]) -> SampleSet:
         samples = SampleSet(Path(cfg.samples))
         _check_sizes(rows, samples.shape[1:], cfg.dataset.im_size)
         return samples
-    weights = _generator(cfg)
+    weights = generator_of(cfg)
     _check_sizes(rows, sample.latent_shape(load_dit(weights, cfg.sampling.family)), cfg.dataset.im_size)
     if told := sample.trained_on(weights).get("z_stats"):
         norm = replace(LatentNorm.of(told["mean"], told["std"]), fingerprint=told["fingerprint"])
@@ -95,10 +95,11 @@ def images_behind(cfg: DiTConfig) -> dict | None:
     """What the cache that the generator was trained on says of its images; None for files that tell nothing."""
     if cfg.samples is not None:
         return read_json(Path(cfg.samples) / "sample_set.json").get("images")
-    return sample.trained_on(_generator(cfg)).get("images")
+    return sample.trained_on(generator_of(cfg)).get("images")
 
 
-def _generator(cfg: DiTConfig) -> Path:
+def generator_of(cfg: DiTConfig) -> Path:
+    """Its weights. UserError when there are none."""
     return resolve(cfg.sampling.checkpoint or cfg.run_name, cfg.ckpt_dir)
 
 

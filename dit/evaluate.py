@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit.config import DiTConfig, EvaluationConfig
-from dit.decoding import SampleSet, decoded, images_behind, open_samples, request_of
+from dit.decoding import SampleSet, decoded, generator_of, images_behind, open_samples, request_of
 from dit.gap import KERNEL, Gap
 from dit.measuring import Export, Images, ImageSetFolder, Measuring
 from dit.real_images import ForeignReference, RealImages, check_treatment, labels_of
@@ -27,7 +27,7 @@ from ssdd.engine.classifier import SmallClassifier
 from ssdd.engine.errors import UserError
 from ssdd.engine.fidelity import Statistics, copy_rate
 from ssdd.engine.files import sha256_file, sha256_json, write_json
-from ssdd.engine.images import read_split
+from ssdd.engine.images import open_source, read_split
 from ssdd.engine.pictures import grid, save_png
 from ssdd.engine.provenance import measured_by
 from ssdd.engine.run import RunDirectory
@@ -59,9 +59,12 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             "without it the generator of run_name or sampling.checkpoint draws one"
         )
     _check(options)
+    if options.sweep_cfg or options.sweep_steps:
+        generator_of(cfg)  # a sweep draws, also beside a given sample set
     accelerator = open_accelerator("no", deterministic=False)
     rows = open_rows(options.decoders, cfg.ckpt_dir, accelerator.device)
     networks = load_networks(options.features, accelerator.device)
+    judge = SmallClassifier.load(options.classifier).to(accelerator.device) if options.classifier else None
     if options.features and not networks:
         raise UserError("no feature network has its weights on this machine; name one in evaluation.features")
     out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
@@ -74,6 +77,8 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
 
     mismatch = check_treatment(cfg, images_behind(cfg), reference)
     samples = open_samples(cfg, rows)
+    if judge:
+        _check_classes(judge, samples, options.classifier)
     norms = {row.name: samples.norm(row) for row in rows}
     held_out = None
     if options.held_out:  # the floor of a distance is that of as many real images
@@ -84,8 +89,6 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     reference.measure()
     if held_out:
         held_out.measure()
-    training = read_split(cfg.dataset, "train")[:2] if options.baseline_numbers is not None else None
-    judge = _classifier(options.classifier, samples, accelerator.device)
     judged = {"judge": sha256_file(Path(options.classifier)) if judge else None}
     shown = _first_of_each_class(samples.labels)
     seed, device = cfg.sampling.seed, accelerator.device
@@ -99,7 +102,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             folder, request, len(samples), make, of_samples, judge, samples.labels, sum(shown, []), export
         )
     if options.baseline_numbers is not None:
-        sets[BASELINE] = _baseline(cfg, out, training, samples, of_samples, judge, judged, reference)
+        sets[BASELINE] = _baseline(cfg, out, samples, of_samples, judge, judged)
     for image_set in sets.values():
         image_set.measure()
     gap = Gap(cfg, out, rows, norms, held_out, of_real) if held_out and (options.gap or options.latent_noise) else None
@@ -125,7 +128,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         "features": {network.name: network.checksum for network in networks},
         "networks": {network.name: network.provenance() for network in networks},
         "left_out": [f"features {name}" for name in automatic_without_weights(options.features)],
-        "notes": [mismatch] if mismatch else [],
+        "notes": [note for note in (mismatch, _smaller_floor(held_out, len(samples))) if note],
         "shown": [{"label": int(samples.labels[line[0]]), "indices": line} for line in shown],
         "rows": [{"name": name, "distances": {}} for name in sets],
         "floor": {},
@@ -171,17 +174,13 @@ def _check(options: EvaluationConfig) -> None:
         raise UserError("evaluation.latent_noise reconstructs held-out images: it needs evaluation.held_out=true")
 
 
-def _classifier(path: str | None, samples: SampleSet, device: torch.device) -> SmallClassifier | None:
-    """The network that says what class an image shows. UserError if it does not know all classes of the samples."""
-    if path is None:
-        return None
-    classifier = SmallClassifier.load(path).to(device)
+def _check_classes(classifier: SmallClassifier, samples: SampleSet, path: str) -> None:
+    """UserError if the network that says what class an image shows does not know all classes of the samples."""
     if (largest := int(samples.labels.max())) >= classifier.num_classes:
         raise UserError(
             f"evaluation.classifier={path} knows classes 0 to {classifier.num_classes - 1}, samples have label "
             f"{largest}: train one on their data set (ssdd/main.py task=classifier)"
         )
-    return classifier
 
 
 def _export(cfg: DiTConfig, out: Path, row: Row, samples: SampleSet) -> Export | None:
@@ -195,12 +194,10 @@ def _export(cfg: DiTConfig, out: Path, row: Row, samples: SampleSet) -> Export |
 def _baseline(
     cfg: DiTConfig,
     out: Path,
-    training: tuple[Tensor, Tensor],
     samples: SampleSet,
     measuring: Measuring,
     judge: SmallClassifier | None,
     judged: dict,
-    reference: RealImages | ForeignReference,
 ) -> ImageSetFolder:
     """Trivial baseline: one Gaussian a class in pixel PCA space, as many samples of the same classes."""
     numbers, seed = cfg.evaluation.baseline_numbers, cfg.sampling.seed
@@ -209,15 +206,17 @@ def _baseline(
     def make(indices: range) -> Images:
         began = time.perf_counter()
         if not drawn:
-            pca = PixelPCA(training[0], numbers)
-            drawn.append(classwise_gaussian_samples(pca, *training, samples.labels, seed))
-        images = drawn[0][indices.start : indices.stop]
-        return Images(images, torch.tensor(indices), time.perf_counter() - began)
+            images, labels, _ = read_split(cfg.dataset, "train")
+            drawn.append(classwise_gaussian_samples(PixelPCA(images, numbers), images, labels, samples.labels, seed))
+        own = drawn[0][indices.start : indices.stop]
+        return Images(own, torch.tensor(indices), time.perf_counter() - began)
 
     request = {
         "baseline": numbers,
         "seed": seed,
-        "training": reference.describe()["fingerprint"],
+        "training": open_source(cfg.dataset, "train").fingerprint(),
+        "crop": cfg.dataset.crop,
+        "size": cfg.dataset.im_size,
         "labels": sha256_json(samples.labels),
     }
     folder = out / "measured" / "samples" / BASELINE
@@ -260,7 +259,7 @@ def _compare(
     if floor:
         result["floor"][network] = {**floor, "count": real[HELD_OUT].count}
         # A generator that copies its training images is closer to them than to others.
-        to_held_out = compare(sets | real, names, HELD_OUT, HELD_OUT, resamples, seed)[0]
+        to_held_out = compare(sets | real, names, HELD_OUT, HELD_OUT, resamples, seed, with_precision=False)[0]
     for row in result["rows"]:
         scores = row["distances"][network] = compared[row["name"]]
         own = to_held_out.get(row["name"], {})
@@ -272,6 +271,15 @@ def _compare(
             copies, chance = copy_rate(*(statistics.features for statistics in features))
             scores |= {"copy_rate": copies, "copy_rate_held_out": chance}
             scores["copy_rate_training_images"] = len(real[REFERENCE].features)
+
+
+def _smaller_floor(held_out: RealImages | None, count: int) -> str | None:
+    if held_out is None or len(held_out.dataset) >= count:
+        return None
+    return (
+        f"the floor is that of {len(held_out.dataset)} held-out images: its Frechet distances have more "
+        f"bias than those of {count} samples, and ratios to it flatter them"
+    )
 
 
 def _few_images(network: str, dim: int, count: int) -> list[str]:

@@ -179,6 +179,32 @@ def test_somebody_elses_reference_takes_the_place_of_the_training_images(folder)
     assert "copy_rate" not in scores and result["floor"] == {}
 
 
+def test_a_reference_of_another_network_and_a_missing_judge_are_refused_before_anything_is_drawn(folder):
+    np.savez(folder / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(UserError, match="was measured with inception"):
+        evaluate(folder, f"evaluation.reference={folder / 'adm.npz'}")
+    with pytest.raises(UserError, match="holds no classifier"):
+        evaluate(folder, f"evaluation.classifier={folder / 'absent.safetensors'}")
+    with pytest.raises(UserError, match="no weights for 'absent'"):
+        evaluate(folder, "sampling.checkpoint=absent", "evaluation.sweep_steps=[1]", f"samples={folder}")
+    assert times(folder, "latents.safetensors") == times(folder, "*.chunks") == {}
+
+
+def test_a_floor_of_fewer_images_than_samples_is_noted(folder):
+    notes = [evaluate(folder, f"dataset.limit={n}", "evaluation.gap=false", out=str(n))["notes"] for n in (10, 40)]
+    assert [sum("the floor is that of 10 held-out" in note for note in of) for of in notes] == [1, 0]
+
+
+def test_a_baseline_is_made_again_for_other_training_images_beside_a_foreign_reference(folder):
+    np.savez(folder / "reference.npz", arr_0=np.random.RandomState(0).randint(0, 256, (12, 16, 16, 3), dtype=np.uint8))
+    keys = (f"evaluation.reference={folder / 'reference.npz'}", "evaluation.held_out=false", "evaluation.gap=false")
+    keys += ("evaluation.baseline_numbers=4",)
+    first, again, other = (
+        evaluate(folder, *keys, f"dataset.limit={limit}")["rows"][1]["distances"] for limit in (40, 40, 60)
+    )
+    assert first == again != other
+
+
 def test_the_gap_is_the_distance_of_samples_minus_that_of_reconstructions_and_noise_begins_at_none(folder):
     result = evaluate(folder, "evaluation.latent_noise=[0.5,0.1]")
     gap, lines = only(result["gap"])["one"], only(result["latent_noise"])["one"]

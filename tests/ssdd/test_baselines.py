@@ -22,6 +22,19 @@ def test_pca_with_every_component_returns_the_training_images_and_with_none_too_
     assert errors[0] > errors[1]
 
 
+def test_pca_of_more_images_than_numbers_a_picture_is_that_of_the_full_decomposition():
+    training = images(400)
+    by_covariance = PixelPCA(training, 7)
+    of_few = PixelPCA(training[:40], 7)
+    centred = training.flatten(1).double() - training.flatten(1).double().mean(dim=0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:7]
+    for pca in (by_covariance, of_few):
+        assert pca.pca.components_.shape == (7, 48)
+    found = torch.from_numpy(by_covariance.pca.components_)
+    assert torch.allclose((found @ axes.T).abs(), torch.eye(7).double(), atol=1e-9)
+    assert torch.allclose(torch.from_numpy(by_covariance.encode(training)), centred @ found.T, atol=1e-9)
+
+
 def test_gaussian_samples_have_the_moments_of_their_class():
     dark, light = images(200) // 4, images(200, seed=1) // 4 + 180
     training, labels = torch.cat([dark, light]), torch.arange(400) // 200
