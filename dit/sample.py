@@ -86,7 +86,7 @@ def run(cfg: DiTConfig) -> Path:
     """Draw `sampling.n` latents into `out`, which is returned; continues an interrupted set, keeps a finished one."""
     state = PartialState(cpu=not torch.accelerator.is_available())
     sampling = cfg.sampling
-    _check(sampling)
+    check_sampling(sampling)
     reference = sampling.checkpoint or cfg.run_name
     weights = averaged(resolve(reference, cfg.ckpt_dir), sampling.ema)
     model = load_dit(weights, sampling.family).to(state.device)
@@ -173,7 +173,7 @@ def load_guide(weights: Path, main_weights: Path, model: DiT, family: str | None
     return guide.to(next(model.parameters()).device)
 
 
-def _check(cfg: SamplingConfig) -> None:
+def check_sampling(cfg: SamplingConfig) -> None:
     """UserError for numbers that no sampler can work with."""
     if cfg.n < 1 or cfg.batch_size < 1 or cfg.steps < 1:
         raise UserError("sampling.n, sampling.batch_size and sampling.steps must be at least 1.")

@@ -59,7 +59,7 @@ def signal_after(monkeypatch: pytest.MonkeyPatch, number: int, updates: int) -> 
     monkeypatch.setattr(Ema, "update", update)
 
 
-def test_ten_steps_lower_the_loss_and_leave_a_complete_run(settings):
+def test_thirty_steps_lower_the_loss_and_leave_a_complete_run(settings):
     cfg = settings(steps=30, log_freq=10)
     result = run(cfg)
     rows = metrics(cfg)
@@ -197,6 +197,18 @@ def test_pictures_and_recomputation_change_no_byte_and_the_tokenizer_must_be_tha
         run(drawn)
     with pytest.raises(UserError, match="training.tokenizer="):
         run(settings(sample_every=2))
+
+
+def test_samples_in_training_need_no_guide_and_wrong_sampling_keys_are_refused_before_the_first_step(settings, caches):
+    cfg = settings(steps=1, tokenizer=str(caches["mean"].parent / "tokenizer"))
+    cfg.sampling.steps, cfg.sampling.guide, cfg.sampling.guide_scale = 1, "missing", 2.0
+    run(cfg)
+    assert [path.name for path in (folder(cfg) / "pictures").iterdir()] == ["samples-000001.png"]
+    wrong = settings("wrong", tokenizer=cfg.training.tokenizer)
+    wrong.sampling.cfg_interval = (0.7, 0.1)
+    with pytest.raises(UserError, match="sampling.cfg_interval"):
+        run(wrong)
+    assert not folder(wrong).exists()
 
 
 def test_a_finished_run_can_be_asked_again_and_prolonged(settings):
