@@ -204,7 +204,8 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
 
             # Log: the only place besides checkpoints that waits for the device.
             stopping = stop.agreed()
-            saving = stopping or done % training.save_every == 0 or done == training.steps
+            scheduled = done % training.save_every == 0 or done == training.steps
+            saving = scheduled or stopping
             logging = done == 1 or done % training.log_freq == 0 or done == training.steps
             if saving or logging:
                 check_finite(accelerator, bad_step, last)
@@ -217,7 +218,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 state["window_steps"] = 0
 
             # Look at samples of the averaged weights.
-            drawing = picture is not None and picture_due(training.sample_every, done, saving)
+            drawing = picture is not None and picture_due(training.sample_every, done, scheduled)
             measuring = fidelity is not None and done % training.fidelity_every == 0
             if drawing or measuring:
                 with throughput.paused():

@@ -116,6 +116,14 @@ def test_a_signal_checkpoints_exits_with_zero_and_resumes_to_the_same_bytes(sett
     assert metrics(stopped) == metrics(straight)
 
 
+def test_a_signal_checkpoints_without_drawing_samples_first(settings, caches, monkeypatch):
+    cfg = settings(tokenizer=str(caches["mean"].parent / "tokenizer"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_after(patch, signal.SIGTERM, updates=2)
+        run(cfg)
+    assert (folder(cfg) / "checkpoints" / "last").exists() and not (folder(cfg) / "pictures").exists()
+
+
 def run_in_two_processes(cfg: DiTConfig) -> None:
     config = Path(cfg.ckpt_dir) / f"{cfg.run_name}.yaml"
     config.write_text(to_yaml(cfg))
