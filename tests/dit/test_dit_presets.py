@@ -32,6 +32,8 @@ def test_a_preset_parses_and_its_network_fits_its_latents(preset, blocks):
     assert (network.feat_rope is not None) == bool(blocks)
     if name == "imagenet256_f8c4":
         assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 675
+    if blocks:
+        assert (cfg.training.warmup_steps, cfg.training.lr_schedule) == (0, "constant")
     if name.startswith("imagenet"):
         assert (cfg.training.batch_size, cfg.training.lr) == ((1024, 2e-4) if blocks else (256, 1e-4))
 
