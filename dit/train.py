@@ -266,6 +266,10 @@ def _rows_a_process(training: TrainingConfig, world: int) -> int:
     for key in ("steps", "save_every", "log_freq"):
         if getattr(training, key) < 1:
             raise UserError(f"training.{key}={getattr(training, key)} must be at least 1.")
+    if training.t_shift <= 0:
+        raise UserError(f"training.t_shift={training.t_shift:g} must be positive; 1 leaves the drawn times alone.")
+    if training.grad_clip < 0:
+        raise UserError(f"training.grad_clip={training.grad_clip:g} must not be negative; 0 switches clipping off.")
     if training.fsdp and training.compile:
         raise UserError("training.fsdp=true does not go with compiled networks yet: set training.compile=false.")
     return rows_a_process("training.batch_size", training.batch_size, world, training.accumulate)
