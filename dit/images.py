@@ -29,7 +29,7 @@ class CacheImages:
         recorded, entry = cache.manifest["dataset"], cache.manifest["splits"]["train"]
         if (peer := cache.manifest["encoding"].get("imported_from")) is not None:
             raise UserError(
-                f"the cache was imported from {peer}, so which images its latents are of is not known: set losses.repa=0 "
+                f"the cache was imported from {peer}, and its images are not known: set losses.repa=0 "
                 "and training.fidelity_every=0, or build a cache of the images"
             )
         wrong = [key for key in DESCRIBED if getattr(cfg, key) != recorded[key]]

@@ -32,6 +32,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file, sha256_json, write_json
 from ssdd.engine.noise import batch_generator, indexed_noise
 from ssdd.engine.precision import mixed_precision
+from ssdd.engine.training import to_device
 from ssdd.flow import euler, time_grid
 
 
@@ -77,9 +78,8 @@ def latent_shape(model: DiT) -> tuple[int, int, int]:
 
 
 def _noise(indices: list[int], shape: Sequence[int], seed: int, stream: str, device: torch.device) -> Tensor:
-    """indexed_noise on the device, where an asynchronous copy of pinned memory does not stop the host."""
-    noise = indexed_noise(indices, shape, seed, stream)
-    return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
+    """indexed_noise on the device."""
+    return to_device(indexed_noise(indices, shape, seed, stream), device)
 
 
 def run(cfg: DiTConfig) -> Path:

@@ -51,6 +51,7 @@ from ssdd.engine.training import (
     peak_memory,
     picture_due,
     rows_a_process,
+    to_device,
 )
 from ssdd.objective import weighted_sum
 
@@ -170,7 +171,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         for step in range(start, training.steps):
             # Data and draws of this step.
             (z, y, _), x = throughput.next(batches)  # [b, C, h, w], [b], and for REPA [b, 3, H, W]
-            z, y, x = (None if part is None else part.to(device, non_blocking=True) for part in (z, y, x))
+            z, y, x = (None if part is None else to_device(part, device) for part in (z, y, x))
             draws = step_draws(cfg, step, (training.batch_size, *z.shape[1:]), device)
             draws = draws.rows(slice(rank * rows, (rank + 1) * rows))
             lr = learning_rate(training.lr, step, training.steps, training.warmup_steps, training.lr_schedule)

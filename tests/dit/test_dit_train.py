@@ -262,7 +262,7 @@ def test_what_does_not_fit_together_is_refused_before_the_first_step(settings, c
     cfg.model.name = "DiT-XXS/8"
     with pytest.raises(UserError, match="4x4 does not divide into patches of 8"):
         run(cfg)
-    wrong = {"multiple of 3": {"accumulate": 3}, "t_shift=0 must": {"t_shift": 0.0}, "grad_clip=-1": {"grad_clip": -1.0}}
+    wrong = {"multiple of 3": {"accumulate": 3}, "t_shift=0": {"t_shift": 0.0}, "grad_clip=-1": {"grad_clip": -1.0}}
     for message, training in wrong.items():
         with pytest.raises(UserError, match=message):
             run(settings(**training))
