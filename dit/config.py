@@ -117,7 +117,8 @@ class TrainingConfig:
     save_every: int = 5_000
     """Steps between checkpoints; `last` is also written at the end."""
     tokenizer: str | None = None
-    """Checkpoint reference of the tokenizer that decodes pictures of samples, drawn as `sampling` says; null: none."""
+    """Checkpoint reference of the tokenizer that decodes pictures of samples, drawn as `sampling` says (without its
+    guide); null: none."""
     sample_every: int | None = None
     """Steps between those pictures; null: with every checkpoint; 0: never."""
     fidelity_every: int = 0

@@ -19,7 +19,7 @@ from ssdd.objective import weighted_sum
 def dry_run(cfg: DiTConfig) -> dict[str, Any]:
     """Print and return parameters, GFLOP a latent, memory, seconds a step and hours in all; nothing is written.
 
-    Of several processes each measures its own share, without what they would exchange.
+    Of several processes each measures its own share, without what they would exchange, and as if training.fsdp=false.
     """
     training = cfg.training
     cache = open_cache(cfg)

@@ -56,11 +56,11 @@ class OnlineFidelity:
 
     def measure(self, model: DiT) -> dict[str, float]:
         """{fidelity/kid_NETWORK, fidelity/frechet_NETWORK}; every process draws its share, all get the figures."""
-        statistics = FeatureStatistics(self.network.dim)
+        statistics, sampling = FeatureStatistics(self.network.dim), self.samples.sampling
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         for start in range(0, self.count, self.batch_size)[rank::world]:
             indices = range(start, min(start + self.batch_size, self.count))
-            labels = sample_labels(indices, self.samples.num_classes, self.samples.sampling.seed)
+            labels = sample_labels(indices, self.samples.num_classes, sampling.seed, sampling.balanced)
             statistics.update(self.network(self.samples.images(model, indices, labels)), torch.tensor(indices))
         statistics.reduce()
         found, name = statistics.compute(), self.network.name

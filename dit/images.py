@@ -21,19 +21,22 @@ DESCRIBED = ("source", "im_size", "crop")
 class CacheImages:
     """The train split's images of a cache, resized and cropped as its encoder saw them.
 
-    UserError, before any image is read, when the keys of `dataset` describe other images than the manifest does.
+    UserError, before any image is read, when the keys of `dataset` describe other images than the manifest does, or the
+    manifest knows of none, as that of an imported cache.
     """
 
     def __init__(self, cfg: DatasetConfig, cache: LatentDataset | StreamingLatents):
         recorded, entry = cache.manifest["dataset"], cache.manifest["splits"]["train"]
+        if (peer := cache.manifest["encoding"].get("imported_from")) is not None:
+            raise UserError(
+                f"the cache was imported from {peer}, and its images are not known: set losses.repa=0 "
+                "and training.fidelity_every=0, or build a cache of the images"
+            )
         wrong = [key for key in DESCRIBED if getattr(cfg, key) != recorded[key]]
         if wrong:
             wanted = " ".join(f"dataset.{key}={recorded[key]}" for key in wrong)
             given = " ".join(f"dataset.{key}={getattr(cfg, key)}" for key in wrong)
-            raise UserError(
-                f"the cache was made of other images than {given}: set {wanted} (images of imported caches, whose "
-                "crop is unknown, can't be used)"
-            )
+            raise UserError(f"the cache was made of other images than {given}: set {wanted}")
         source = open_source(cfg, "train")
         if source.fingerprint() != entry["fingerprint"]:
             raise UserError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit.config import DiTConfig
 from dit.model import DiT
 from dit.networks import Cache
-from dit.sample import draw
+from dit.sample import check_sampling, draw
 from ssdd.engine.noise import indexed_noise
 from ssdd.engine.pictures import grid, to_uint8
 from ssdd.tokenizer import SSDD
@@ -23,18 +23,20 @@ SMALLEST_SIDE = 64  # images below this size are enlarged
 
 
 class SampleDecoder:
-    """Images of samples drawn as `sampling` says, decoded with `training.tokenizer`.
+    """Images of samples drawn as `sampling` says, but without its `guide`, decoded with `training.tokenizer`.
 
-    UserError when the encoder of the tokenizer is not the one that the cache was made with.
+    UserError when the encoder of the tokenizer is not the one that the cache was made with, or for numbers in
+    `sampling` that no sampler can work with.
     """
 
     def __init__(self, cfg: DiTConfig, cache: Cache, accelerator: Accelerator):
+        check_sampling(cfg.sampling)
         tokenizer = SSDD.from_pretrained(cfg.training.tokenizer, cfg.ckpt_dir)
         cache.norm.check_encoder(tokenizer.encoder_fingerprint(), cfg.cache)
         self.tokenizer = tokenizer.to(accelerator.device).eval().requires_grad_(False)
         self.norm, self.num_classes, self.accelerator = cache.norm, cache.num_classes, accelerator
-        guided = cfg.model.class_dropout > 0
-        self.sampling = cfg.sampling if guided else replace(cfg.sampling, cfg_scale=1.0)
+        cfg_scale = cfg.sampling.cfg_scale if cfg.model.class_dropout > 0 else 1.0
+        self.sampling = replace(cfg.sampling, cfg_scale=cfg_scale, guide=None, guide_scale=1.0)
         _, height, width = cache.latent_shape
         self.shape = (3, height * tokenizer.f, width * tokenizer.f)
 

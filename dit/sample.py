@@ -32,6 +32,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file, sha256_json, write_json
 from ssdd.engine.noise import batch_generator, indexed_noise
 from ssdd.engine.precision import mixed_precision
+from ssdd.engine.training import to_device
 from ssdd.flow import euler, time_grid
 
 
@@ -77,16 +78,15 @@ def latent_shape(model: DiT) -> tuple[int, int, int]:
 
 
 def _noise(indices: list[int], shape: Sequence[int], seed: int, stream: str, device: torch.device) -> Tensor:
-    """indexed_noise on the device, where an asynchronous copy of pinned memory does not stop the host."""
-    noise = indexed_noise(indices, shape, seed, stream)
-    return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
+    """indexed_noise on the device."""
+    return to_device(indexed_noise(indices, shape, seed, stream), device)
 
 
 def run(cfg: DiTConfig) -> Path:
     """Draw `sampling.n` latents into `out`, which is returned; continues an interrupted set, keeps a finished one."""
     state = PartialState(cpu=not torch.accelerator.is_available())
     sampling = cfg.sampling
-    _check(sampling)
+    check_sampling(sampling)
     reference = sampling.checkpoint or cfg.run_name
     weights = averaged(resolve(reference, cfg.ckpt_dir), sampling.ema)
     model = load_dit(weights, sampling.family).to(state.device)
@@ -173,7 +173,7 @@ def load_guide(weights: Path, main_weights: Path, model: DiT, family: str | None
     return guide.to(next(model.parameters()).device)
 
 
-def _check(cfg: SamplingConfig) -> None:
+def check_sampling(cfg: SamplingConfig) -> None:
     """UserError for numbers that no sampler can work with."""
     if cfg.n < 1 or cfg.batch_size < 1 or cfg.steps < 1:
         raise UserError("sampling.n, sampling.batch_size and sampling.steps must be at least 1.")

@@ -51,6 +51,7 @@ from ssdd.engine.training import (
     peak_memory,
     picture_due,
     rows_a_process,
+    to_device,
 )
 from ssdd.objective import weighted_sum
 
@@ -170,7 +171,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         for step in range(start, training.steps):
             # Data and draws of this step.
             (z, y, _), x = throughput.next(batches)  # [b, C, h, w], [b], and for REPA [b, 3, H, W]
-            z, y, x = (None if part is None else part.to(device, non_blocking=True) for part in (z, y, x))
+            z, y, x = (None if part is None else to_device(part, device) for part in (z, y, x))
             draws = step_draws(cfg, step, (training.batch_size, *z.shape[1:]), device)
             draws = draws.rows(slice(rank * rows, (rank + 1) * rows))
             lr = learning_rate(training.lr, step, training.steps, training.warmup_steps, training.lr_schedule)
@@ -204,7 +205,8 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
 
             # Log: the only place besides checkpoints that waits for the device.
             stopping = stop.agreed()
-            saving = stopping or done % training.save_every == 0 or done == training.steps
+            scheduled = done % training.save_every == 0 or done == training.steps
+            saving = scheduled or stopping
             logging = done == 1 or done % training.log_freq == 0 or done == training.steps
             if saving or logging:
                 check_finite(accelerator, bad_step, last)
@@ -217,7 +219,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 state["window_steps"] = 0
 
             # Look at samples of the averaged weights.
-            drawing = picture is not None and picture_due(training.sample_every, done, saving)
+            drawing = picture is not None and picture_due(training.sample_every, done, scheduled)
             measuring = fidelity is not None and done % training.fidelity_every == 0
             if drawing or measuring:
                 with throughput.paused():
@@ -265,6 +267,10 @@ def _rows_a_process(training: TrainingConfig, world: int) -> int:
     for key in ("steps", "save_every", "log_freq"):
         if getattr(training, key) < 1:
             raise UserError(f"training.{key}={getattr(training, key)} must be at least 1.")
+    if training.t_shift <= 0:
+        raise UserError(f"training.t_shift={training.t_shift:g} must be positive; 1 leaves the drawn times alone.")
+    if training.grad_clip < 0:
+        raise UserError(f"training.grad_clip={training.grad_clip:g} must not be negative; 0 switches clipping off.")
     if training.fsdp and training.compile:
         raise UserError("training.fsdp=true does not go with compiled networks yet: set training.compile=false.")
     return rows_a_process("training.batch_size", training.batch_size, world, training.accumulate)

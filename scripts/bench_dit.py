@@ -63,8 +63,8 @@ class Diffusers(nn.Module):
             patch_size=config["patch_size"],
             num_embeds_ada_norm=CLASSES,
         )
-        self.model.eval()  # the objective drops the labels; nothing else in it depends on the mode
         self.in_channels, self.num_classes = CHANNELS, CLASSES
+        self.eval()  # the objective drops the labels; nothing else in it depends on the mode
 
     def compile(self) -> None:
         self.model.compile()

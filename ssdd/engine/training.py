@@ -74,6 +74,11 @@ def picture_due(every: int | None, done: int, otherwise: bool) -> bool:
     return otherwise if every is None else every > 0 and done % every == 0
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; through pinned memory where a copy of other memory could wait for the GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's work, before and after a timed section; nothing on a CPU."""
     if device.type != "cpu":

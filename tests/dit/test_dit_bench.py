@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from dit.model import DiT
 from scripts.bench import main
+from scripts.bench_dit import Diffusers, Settings, Step
 
 
 def test_the_comparison_prints_a_table_and_one_line_of_json(capsys):
@@ -22,6 +24,12 @@ def test_the_comparison_prints_a_table_and_one_line_of_json(capsys):
     assert ours["parameters"] == sum(p.numel() for p in expected.parameters() if p.requires_grad)
     assert ours["gflop"] == pytest.approx(theirs["gflop"], rel=0.1)
     assert [row.split()[:2] for row in table[-3:-1]] == [["DiT-XXS/8", "ours"], ["DiT-XXS/8", "diffusers"]]
+
+
+def test_diffusers_network_does_not_drop_labels_a_second_time():
+    network = Diffusers(DiT.from_name("DiT-XXS/8", learn_sigma=False))
+    Step(network, Settings(batch=1), torch.device("cpu"))
+    assert not any(module.training for module in network.modules())
 
 
 def test_a_wrong_setting_is_one_line_of_error(capsys):

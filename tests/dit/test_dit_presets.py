@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 
 from dit.config import DiTConfig
 from dit.model import DiT
 from dit.networks import architecture
-from ssdd.engine.config import available, parse
+from ssdd.engine.config import available, configs_dir, parse
 
 LATENTS = {"digits": (2, 2), "fashion_mnist": (4, 4)}  # channels and side; the others are named by theirs
 
@@ -31,8 +32,18 @@ def test_a_preset_parses_and_its_network_fits_its_latents(preset, blocks):
     assert (network.feat_rope is not None) == bool(blocks)
     if name == "imagenet256_f8c4":
         assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 675
+    if blocks:
+        assert (cfg.training.warmup_steps, cfg.training.lr_schedule) == (0, "constant")
     if name.startswith("imagenet"):
         assert (cfg.training.batch_size, cfg.training.lr) == ((1024, 2e-4) if blocks else (256, 1e-4))
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_a_preset_is_the_generator_of_the_pipeline_of_its_name(name):
+    preset, pipeline = (
+        yaml.safe_load((configs_dir() / f"{kind}/{name}.yaml").read_text()) for kind in ("presets/dit", "pipelines")
+    )
+    assert preset == pipeline["dit"] | {"dataset": pipeline["dataset"]}
 
 
 def test_there_is_a_preset_for_each_of_the_latents_of_the_issue():

@@ -59,7 +59,7 @@ def signal_after(monkeypatch: pytest.MonkeyPatch, number: int, updates: int) -> 
     monkeypatch.setattr(Ema, "update", update)
 
 
-def test_ten_steps_lower_the_loss_and_leave_a_complete_run(settings):
+def test_thirty_steps_lower_the_loss_and_leave_a_complete_run(settings):
     cfg = settings(steps=30, log_freq=10)
     result = run(cfg)
     rows = metrics(cfg)
@@ -114,6 +114,14 @@ def test_a_signal_checkpoints_exits_with_zero_and_resumes_to_the_same_bytes(sett
     run(stopped)
     assert weights(stopped) == weights(straight)
     assert metrics(stopped) == metrics(straight)
+
+
+def test_a_signal_checkpoints_without_drawing_samples_first(settings, caches, monkeypatch):
+    cfg = settings(tokenizer=str(caches["mean"].parent / "tokenizer"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_after(patch, signal.SIGTERM, updates=2)
+        run(cfg)
+    assert (folder(cfg) / "checkpoints" / "last").exists() and not (folder(cfg) / "pictures").exists()
 
 
 def run_in_two_processes(cfg: DiTConfig) -> None:
@@ -199,6 +207,18 @@ def test_pictures_and_recomputation_change_no_byte_and_the_tokenizer_must_be_tha
         run(settings(sample_every=2))
 
 
+def test_samples_in_training_need_no_guide_and_wrong_sampling_keys_are_refused_before_the_first_step(settings, caches):
+    cfg = settings(steps=1, tokenizer=str(caches["mean"].parent / "tokenizer"))
+    cfg.sampling.steps, cfg.sampling.guide, cfg.sampling.guide_scale = 1, "missing", 2.0
+    run(cfg)
+    assert [path.name for path in (folder(cfg) / "pictures").iterdir()] == ["samples-000001.png"]
+    wrong = settings("wrong", tokenizer=cfg.training.tokenizer)
+    wrong.sampling.cfg_interval = (0.7, 0.1)
+    with pytest.raises(UserError, match="sampling.cfg_interval"):
+        run(wrong)
+    assert not folder(wrong).exists()
+
+
 def test_a_finished_run_can_be_asked_again_and_prolonged(settings):
     short, long = settings("run", steps=5), settings("run", steps=8)
     result = run(short)
@@ -242,8 +262,10 @@ def test_what_does_not_fit_together_is_refused_before_the_first_step(settings, c
     cfg.model.name = "DiT-XXS/8"
     with pytest.raises(UserError, match="4x4 does not divide into patches of 8"):
         run(cfg)
-    with pytest.raises(UserError, match="multiple of 3"):
-        run(settings(accumulate=3))
+    wrong = {"multiple of 3": {"accumulate": 3}, "t_shift=0": {"t_shift": 0.0}, "grad_clip=-1": {"grad_clip": -1.0}}
+    for message, training in wrong.items():
+        with pytest.raises(UserError, match=message):
+            run(settings(**training))
     assert not folder(cfg).exists()
 
 

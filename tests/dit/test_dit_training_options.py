@@ -177,6 +177,14 @@ def test_other_images_than_those_of_the_cache_are_refused_with_the_keys_to_set(e
     assert not folder(cfg).exists()
 
 
+def test_the_images_of_an_imported_cache_are_not_known(caches):
+    cache = LatentDataset(caches["mean"])
+    CacheImages(DIGITS, cache)
+    cache.manifest["encoding"] = {"imported_from": "repa"}
+    with pytest.raises(UserError, match="imported from repa.*losses.repa=0 and training.fidelity_every=0"):
+        CacheImages(DIGITS, cache)
+
+
 def test_online_fidelity_is_logged_and_changes_no_byte(settings, caches):
     plain, measured = settings("plain", steps=4), settings("measured", steps=4)
     run(plain)
