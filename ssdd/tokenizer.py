@@ -98,7 +98,12 @@ class SSDD(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def compile(self, **options: object) -> None:
-        """torch.compile encoder and decoder in place; the state dict stays the same, copies are not compiled."""
+        """torch.compile encoder and decoder in place; the state dict stays the same, copies are not compiled.
+
+        Every image and batch size gets kernels of its own, which is faster than sizes kept symbolic, to compile as well
+        as to run; `dynamic=None` leaves that to torch.
+        """
+        options = {"dynamic": False} | options
         self.encoder.compile(**options)
         self.decoder.compile(**options)
 

@@ -38,11 +38,14 @@ def wheel(source, tmp_path_factory) -> Path:
     return path
 
 
+SHIPPED = {".py", ".css", ".html"}  # of scripts/: programs, and the page of the report
+
+
 def test_the_wheel_holds_every_module_and_every_config_and_nothing_else(source, wheel):
     modules = {path.relative_to(source).as_posix() for name in PACKAGES for path in (source / name).rglob("*.py")}
     yamls = {path.relative_to(source / "configs").as_posix() for path in (source / "configs").rglob("*.yaml")}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    programs = {f"ssdd_pipeline/{path.name}" for path in (source / "scripts").glob("*.py")}
+    programs = {f"ssdd_pipeline/{path.name}" for path in (source / "scripts").iterdir() if path.suffix in SHIPPED}
     assert "ssdd/engine/config.py" in names and "ssdd_pipeline/pipeline.py" in names
     assert names == modules | programs | {f"ssdd/_configs/{name}" for name in yamls}
 

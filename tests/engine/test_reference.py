@@ -72,7 +72,8 @@ def test_a_statistics_file_stands_for_its_images_and_says_where_it_comes_from(tm
     assert same(stored, expected) and provenance == provenance_of(images, network)
     assert provenance | {"fingerprint": ""} == {
         "network": "inception", "dim": 3, "checksum": "aa", "resize": "none",
-        "crop": "adm", "size": [4, 4], "count": 20, "fingerprint": "",
+        "crop": "adm", "size": [4, 4], "count": 20, "kept_features": 20,
+        "fingerprint": "",
     }  # fmt: skip
     opened = SetToMeasure(path)
     assert opened.treatment == Treatment("adm", (4, 4)) and opened.count == 20
