@@ -26,7 +26,18 @@ REPEATS = 3
 
 def main(argv: list[str] | None = None) -> int:
     """Run the measurement that is asked for."""
+    from ssdd.engine.errors import UserError
+
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        return run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(argv: list[str]) -> int:
+    """The measurement's exit status; UserError for what the user can mend."""
     if argv == ["scaling"]:
         return scaling()
     if argv == ["cache"]:
@@ -35,13 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return cache()
     if argv[:1] == ["dit"]:
         from scripts.bench_dit import dit
-        from ssdd.engine.errors import UserError
 
-        try:
-            return dit(argv[1:])
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        return dit(argv[1:])
     if len(argv) == 3 and argv[0] == "_measure":
         print(json.dumps(measure(argv[1], int(argv[2]))))
         return 0

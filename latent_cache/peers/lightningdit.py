@@ -99,9 +99,8 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(mean, std), float32 [C] each. UserError for anything but tensors in the file; nothing in it is ever run."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        mean, std = (dict(found)[name].float().flatten().numpy() for name in ("mean", "std"))
-        return mean, std
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as problem:
+        return found["mean"].float().flatten().numpy(), found["std"].float().flatten().numpy()
+    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, EOFError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise UserError(
             f"{path} is not a file of two tensors, mean and std ({reason}); nothing in it was run. The import does "

@@ -412,9 +412,10 @@ def test_a_file_that_a_list_of_labels_names_but_is_missing_is_named(posterior_ca
 
 def test_a_source_without_latents_and_statistics_that_are_none_are_refused(tmp_path):
     folder, _ = foreign(tmp_path)
-    torch.save(torch.zeros(3), folder / "latents_stats.pt")
-    with pytest.raises(UserError, match=r"latents_stats\.pt is not a file of two tensors"):
-        import_latents(ImportConfig("lightningdit", str(folder), str(tmp_path / "cache")))
+    for bare in (torch.zeros(3), torch.zeros(1, 3, 1, 1)):
+        torch.save(bare, folder / "latents_stats.pt")
+        with pytest.raises(UserError, match=r"latents_stats\.pt is not a file of two tensors"):
+            import_latents(ImportConfig("lightningdit", str(folder), str(tmp_path / "cache")))
     (folder / "latents_stats.pt").unlink()
     for path in folder.glob("*.safetensors"):
         save_file({"latents": np.zeros((0, 3, 4, 4), np.float32), "labels": np.zeros(0, np.int64)}, path)
