@@ -28,7 +28,7 @@ class Band:
     first: int
     count: int
     mask: int
-    """Which of `WindowGeometry.visible` and of the biases."""
+    """Which of `WindowGeometry.hidden` and of the biases."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class WindowGeometry:
     bands: tuple[Band, ...]
     bias_index: Tensor
     """int64 [tile queries, tile keys] into the flattened bias table; 0 beyond the window."""
-    visible: Tensor
-    """bool [masks, tiles across, 1, tile queries, tile keys]: the key lies inside the window and inside the grid."""
+    hidden: Tensor
+    """[masks, tiles across, 1, tile queries, tile keys]: 0 for keys inside the window and the grid, -inf for others."""
 
     @classmethod
     def of(cls, height: int, width: int, window: int, device: torch.device) -> WindowGeometry:
@@ -81,7 +81,8 @@ class WindowGeometry:
         key_rows = in_ranges(ranges, tile_h + 2 * halo)[:, None, :, None]
         key_columns = in_ranges(columns, tile_w + 2 * halo)[None, :, None, :]
         keys = (key_rows & key_columns).flatten(2)[:, :, None, None]  # [masks, tiles across, 1, 1, tile keys]
-        return cls(height, width, window, tiles, (tile_h, tile_w), halo, bands, index * inside, inside & keys)
+        hidden = torch.zeros((), device=device).where(inside & keys, float("-inf"))
+        return cls(height, width, window, tiles, (tile_h, tile_w), halo, bands, index * inside, hidden)
 
     def query_tiles(self, x: Tensor) -> Tensor:
         """[B, n tile height, W, heads, d] -> [B n, tiles across * heads, tile queries, d]; W is whole tiles."""
@@ -122,8 +123,8 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, geometry: WindowGeometry) -> Tensor:
         """Additive float mask [masks, tiles across * heads, tile queries, tile keys], -inf for keys out of sight."""
-        bias = self.relative_bias_table.flatten(0, 1)[geometry.bias_index].permute(2, 0, 1)
-        return torch.where(geometry.visible, bias, float("-inf")).flatten(1, 2)
+        bias = self.relative_bias_table.flatten(0, 1).T.contiguous()[:, geometry.bias_index]  # [heads, queries, keys]
+        return (geometry.hidden.to(bias.dtype) + bias).flatten(1, 2)
 
 
 class WindowAttention(nn.Module):

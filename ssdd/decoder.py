@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ssdd.attention import RelativePositionBias, WindowAttention, WindowGeometry
 from ssdd.engine.errors import UserError
 from ssdd.engine.recompute import run_block
+from ssdd.group_norm import GroupNorm
 from ssdd.layers import (
     AdaLayerNorm,
     Downsample,
     FeedForward,
-    GroupNorm,
     ResnetBlock,
     TimeEmbedding,
     Upsample,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssdd.engine.recompute import run_block
-from ssdd.layers import GroupNorm
+from ssdd.group_norm import GroupNorm
 
 ENCODER_NAME = re.compile(r"f(\d+)c(\d+)")
 

@@ -11,18 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Group norm with float32 statistics whatever the dtype of x; returns x's dtype."""
-    weight, bias = (None if p is None else p.float() for p in (weight, bias))
-    return F.group_norm(x.float(), groups, weight, bias, eps).to(x.dtype)
+from ssdd.group_norm import GroupNorm, group_norm
 
 
-class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` with float32 statistics."""
+def overwritable() -> bool:
+    """Whether a result may take the memory of a fresh activation: no gradient needs that, and no compiler fuses both.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+    On a CPU the pages of a new buffer cost as much as the arithmetic that fills it.
+    """
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a fresh activation, see `overwritable`."""
+    return F.silu(x, inplace=overwritable())
 
 
 def resize_to(latent_map: Tensor, height: int, width: int) -> Tensor:
@@ -37,10 +39,16 @@ def resize_to(latent_map: Tensor, height: int, width: int) -> Tensor:
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x (1 + scale) + shift; x [B, C, H, W], scale and shift [B, C, h, w] constant over (H/h) x (W/w) blocks."""
+    """x (1 + scale) + shift; x [B, C, H, W], scale and shift [B, C, h, w] constant over (H/h) x (W/w) blocks.
+
+    x is a fresh activation, see `overwritable`.
+    """
     h, w = scale.shape[-2:]
     blocks = x.unflatten(3, (w, -1)).unflatten(2, (h, -1))  # [B, C, h, H/h, w, W/w], a view
     scale, shift = (m[:, :, :, None, :, None] for m in (scale, shift))
+    if overwritable():
+        torch.addcmul(shift, blocks, 1 + scale, out=blocks)
+        return x
     return torch.addcmul(shift, blocks, 1 + scale).flatten(4, 5).flatten(2, 3)
 
 
@@ -75,7 +83,7 @@ class AdaGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         scale, shift = modulation.chunk(2, dim=1)
-        return modulate(group_norm(x, self.groups, None, None, self.eps), scale, shift)
+        return modulate(group_norm(x, self.groups, eps=self.eps), scale, shift)
 
 
 class ResnetBlock(nn.Module):
@@ -93,10 +101,18 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor, modulation: Tensor) -> Tensor:
         """x [B, Cin, H, W], temb = SiLU(time embedding) [1 or B, 4 C], modulation from `norm1.condition`."""
-        h = self.conv1(F.silu(self.norm1(x, modulation)))
-        scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(F.silu(modulate(self.norm2(h), scale, shift)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        h = self.conv1(silu(self.norm1(x, modulation)))
+        h = self.conv2(silu(self._norm2_at(h, temb)))
+        x = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+        return h.add_(x) if overwritable() else h + x
+
+    def _norm2_at(self, h: Tensor, temb: Tensor) -> Tensor:
+        """norm2(h) (1 + scale) + shift; one time for all images becomes part of the norm's own affine map."""
+        scale, shift = self.time_emb_proj(temb).chunk(2, dim=1)
+        if len(temb) > 1:
+            return modulate(self.norm2(h), scale[:, :, None, None], shift[:, :, None, None])
+        weight, bias = self.norm2.weight * (1 + scale[0]), self.norm2.bias * (1 + scale[0]) + shift[0]
+        return group_norm(h, self.norm2.num_groups, weight, bias, self.norm2.eps)
 
 
 class Downsample(nn.Module):
@@ -118,7 +134,32 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        """x [B, C, H, W] -> [B, C, 2 H, 2 W]."""
+        if torch.is_grad_enabled():
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        phases = F.conv2d(x, self._phase_weights(), self.conv.bias.repeat(4), padding=1)
+        phases = phases.unflatten(1, (2, 2, -1))  # [B, row, column, C, H + 1, W + 1]
+        height, width = x.shape[-2:]
+        out = phases.new_empty(len(x), height, 2, width, 2, phases.shape[3])
+        for i in (0, 1):
+            for j in (0, 1):
+                phase = phases[:, i, j, :, i : i + height, j : j + width]
+                out[:, :, i, :, j] = phase.permute(0, 2, 3, 1)
+        return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    def _phase_weights(self) -> Tensor:
+        """[4 C, C, 2, 2]: what the kernel is to pixels of even and odd row and column, each of which sees 2 x 2 of x.
+
+        On the doubled grid, taps that fall on the same pixel of x are one: 16 instead of 36 products a pixel of x.
+        """
+
+        def halves(weight: Tensor, axis: int) -> Tensor:  # even: [w0, w1 + w2], odd: [w0 + w1, w2]
+            first, middle, last = weight.split(1, dim=axis)
+            even, odd = [first, middle + last], [first + middle, last]
+            return torch.stack([torch.cat(taps, dim=axis) for taps in (even, odd)])
+
+        weights = halves(halves(self.conv.weight, 2), 4)  # [column, row, C, C, 2, 2]
+        return weights.transpose(0, 1).flatten(0, 2).contiguous(memory_format=torch.channels_last)
 
 
 class GEGLU(nn.Module):

@@ -1,0 +1,89 @@
+"""The decoder's layers, that share, fold and overwrite, equal its plain form: values, gradients, work a decode."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from ssdd import SSDD
+from ssdd.flow import time_grid
+from tests.plain_decoder import PlainDecoder
+
+
+def pair(size, z_dim):
+    """Our decoder and the plain one with the same weights, none of which is zero."""
+    torch.manual_seed(0)
+    model = SSDD({"name": f"f8c{z_dim}", "width": 8}, size)
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    plain = PlainDecoder(size, z_dim)
+    plain.load_state_dict(model.decoder.state_dict())
+    return model, plain
+
+
+CASES = [("S", (64, 64), 1), ("XS", (72, 136), 2), ("XXS", (16, 24), 3)]
+
+
+@pytest.mark.parametrize(("size", "sides", "batch"), CASES)
+def test_the_velocity_equals_the_plain_form_with_and_without_gradients(size, sides, batch):
+    model, plain = pair(size, 4)
+    x, z = torch.randn(batch, 3, *sides), torch.randn(batch, 4, *(side // 8 for side in sides))
+    for t in (torch.tensor(0.7), torch.rand(batch)):
+        expected = plain(x, t, z)
+        assert (model.decoder(x, t, z) - expected).abs().max() <= 1e-4
+        with torch.no_grad():
+            kept = x.clone(), z.clone()
+            assert (model.decoder(x, t, z) - expected).abs().max() <= 1e-4
+            assert torch.equal(x, kept[0]) and torch.equal(z, kept[1])
+
+
+@pytest.mark.parametrize(("size", "sides", "batch"), CASES)
+def test_gradients_equal_the_plain_form(size, sides, batch):
+    model, plain = pair(size, 4)
+    x, t, z = torch.randn(batch, 3, *sides), torch.rand(batch), torch.randn(batch, 4, *(side // 8 for side in sides))
+    for network in (model.decoder, plain):
+        network(x, t, z).square().mean().backward()
+    reference = dict(plain.named_parameters())
+    for name, parameter in model.decoder.named_parameters():
+        expected = reference[name].grad
+        assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm() + 1e-6, name
+
+
+def test_decodes_of_several_steps_equal_the_plain_form():
+    model, plain = pair("XS", 4)
+    z, noise = torch.randn(2, 4, 8, 6), torch.randn(2, 3, 64, 48)
+    for steps in (1, 4):
+        x, grid = noise, time_grid(steps)
+        with torch.no_grad():
+            for now, after in zip(grid, grid[1:], strict=False):
+                x = x + (now - after) * plain(x, now, z)
+        assert (model.decode(z, steps=steps, noise=noise) - x).abs().max() <= 1e-4
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_plain_form_in_bfloat16():
+    model, plain = pair("S", 4)
+    x, t, z = torch.randn(1, 3, 64, 64), torch.tensor(0.7), torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        exact = plain(x, t, z)
+        errors = [(network.bfloat16()(x, t, z) - exact).square().mean().sqrt() for network in (model.decoder, plain)]
+    assert errors[0] <= 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_what_depends_on_z_alone_is_computed_once_a_decode(steps):
+    model, _ = pair("XXS", 4)
+    calls: Counter[str] = Counter()
+    for name, module in model.decoder.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.SiLU) or name.endswith("relative_position_bias"):
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    model.decode(torch.randn(1, 4, 2, 2), steps=steps, noise=torch.randn(1, 3, 16, 16))
+    of_z = {name for name in calls if "ada_ctx_proj" in name or "ctx_proj" in name or "relative_position" in name}
+    of_z |= {name for name in calls if "norm1.linear" in name}
+    assert {calls[name] for name in of_z} == {1}
+    assert {calls[name] for name in calls if name not in of_z} == {steps}
+    assert len(of_z) == 3 + 20 + 2 * 2  # the context's projection, 20 residual blocks, norm and bias of 2 transformers
