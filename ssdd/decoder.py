@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from ssdd.attention import RelativePositionBias, WindowAttention, WindowGeometry
 from ssdd.engine.errors import UserError
 from ssdd.engine.recompute import run_block
-from ssdd.group_norm import GroupNorm
 from ssdd.layers import (
-    AdaLayerNorm,
     Downsample,
     FeedForward,
     ResnetBlock,
     TimeEmbedding,
     Upsample,
 )
+from ssdd.norms import AdaLayerNorm, GroupNorm, silu
 
 
 @dataclass(frozen=True)
@@ -314,7 +313,7 @@ class UViTDecoder(nn.Module):
                 h = run_block(resnet, h, temb, next(modulations), recompute=self.recompute)
             if hasattr(block, "upsamplers"):
                 h = block.upsamplers[0](h)
-        return self.conv_out(F.silu(self.conv_norm_out(h))).float(), tokens
+        return self.conv_out(silu(self.conv_norm_out(h))).float(), tokens
 
     def forward(self, x_t: Tensor, t: Tensor | float, z: Tensor) -> Tensor:
         """v = x - eps, float32 [B, 3, H, W], at x_t of that shape, t in [0, 1] (scalar or [B]), z [B, z_dim, h, w]."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssdd.engine.recompute import run_block
-from ssdd.group_norm import GroupNorm
+from ssdd.norms import GroupNorm, overwritable, silu
 
 ENCODER_NAME = re.compile(r"f(\d+)c(\d+)")
 
@@ -47,9 +47,10 @@ class EncoderBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
+        x = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return h.add_(x) if overwritable() else h + x
 
 
 class EncoderAttention(nn.Module):
@@ -139,7 +140,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.out_proj(self.conv_out(F.silu(self.norm_out(self.mid(h)))))
+        return self.out_proj(self.conv_out(silu(self.norm_out(self.mid(h)))))
 
     def initialise(self, posterior_std: float = 1.0) -> None:
         """For an encoder that is going to be trained: convolutions N(0, 0.02^2), zero bias (SSDD facts a.6).

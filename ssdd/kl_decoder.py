@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssdd.encoder import EncoderBlock, EncoderMiddle, groups_of
 from ssdd.engine.recompute import run_block
-from ssdd.layers import GroupNorm, Upsample
+from ssdd.layers import Upsample
+from ssdd.norms import GroupNorm, silu
 
 RESNETS_A_LEVEL = 3
 
@@ -46,4 +46,4 @@ class KLDecoder(nn.Module):
             for block in level.block:
                 h = run_block(block, h, recompute=self.recompute)
             h = level.upsample(h) if hasattr(level, "upsample") else h
-        return self.conv_out(F.silu(self.norm_out(h))).float()
+        return self.conv_out(silu(self.norm_out(h))).float()

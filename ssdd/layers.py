@@ -11,45 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssdd.group_norm import GroupNorm, group_norm
-
-
-def overwritable() -> bool:
-    """Whether a result may take the memory of a fresh activation: no gradient needs that, and no compiler fuses both.
-
-    On a CPU the pages of a new buffer cost as much as the arithmetic that fills it.
-    """
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-
-
-def silu(x: Tensor) -> Tensor:
-    """SiLU of a fresh activation, see `overwritable`."""
-    return F.silu(x, inplace=overwritable())
-
-
-def resize_to(latent_map: Tensor, height: int, width: int) -> Tensor:
-    """Nearest neighbours of a latent-grid map on a grid that is coarser or no integer multiple; else the map itself.
-
-    A finer grid that divides evenly is left to broadcasting in `modulate`, so nothing of pixel size is materialised.
-    """
-    h, w = latent_map.shape[-2:]
-    if height % h == 0 and width % w == 0:
-        return latent_map
-    return F.interpolate(latent_map, size=(height, width), mode="nearest")
-
-
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x (1 + scale) + shift; x [B, C, H, W], scale and shift [B, C, h, w] constant over (H/h) x (W/w) blocks.
-
-    x is a fresh activation, see `overwritable`.
-    """
-    h, w = scale.shape[-2:]
-    blocks = x.unflatten(3, (w, -1)).unflatten(2, (h, -1))  # [B, C, h, H/h, w, W/w], a view
-    scale, shift = (m[:, :, :, None, :, None] for m in (scale, shift))
-    if overwritable():
-        torch.addcmul(shift, blocks, 1 + scale, out=blocks)
-        return x
-    return torch.addcmul(shift, blocks, 1 + scale).flatten(4, 5).flatten(2, 3)
+from ssdd.norms import AdaGroupNorm, GroupNorm, group_norm, modulate, overwritable, silu
 
 
 class TimeEmbedding(nn.Module):
@@ -67,23 +29,6 @@ class TimeEmbedding(nn.Module):
         angles = 1000 * t.float().reshape(-1, 1) * frequencies
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
-
-
-class AdaGroupNorm(nn.Module):
-    """Group norm without affine, then (1 + scale) and shift projected from the latent context at the latent grid."""
-
-    def __init__(self, channels: int, ctx_channels: int, groups: int, eps: float = 1e-5):
-        super().__init__()
-        self.groups, self.eps = groups, eps
-        self.ctx_proj = nn.Conv2d(ctx_channels, 2 * channels, 1)
-
-    def condition(self, ctx: Tensor, height: int, width: int) -> Tensor:
-        """Modulation [B, 2 C, h, w] for a feature map of height x width; depends on z alone."""
-        return self.ctx_proj(resize_to(ctx, height, width))
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        scale, shift = modulation.chunk(2, dim=1)
-        return modulate(group_norm(x, self.groups, eps=self.eps), scale, shift)
 
 
 class ResnetBlock(nn.Module):
@@ -108,11 +53,11 @@ class ResnetBlock(nn.Module):
 
     def _norm2_at(self, h: Tensor, temb: Tensor) -> Tensor:
         """norm2(h) (1 + scale) + shift; one time for all images becomes part of the norm's own affine map."""
-        scale, shift = self.time_emb_proj(temb).chunk(2, dim=1)
+        norm, (scale, shift) = self.norm2, self.time_emb_proj(temb).chunk(2, dim=1)
         if len(temb) > 1:
-            return modulate(self.norm2(h), scale[:, :, None, None], shift[:, :, None, None])
-        weight, bias = self.norm2.weight * (1 + scale[0]), self.norm2.bias * (1 + scale[0]) + shift[0]
-        return group_norm(h, self.norm2.num_groups, weight, bias, self.norm2.eps)
+            return modulate(norm(h), scale[:, :, None, None], shift[:, :, None, None])
+        weight, bias = norm.weight * (1 + scale[0]), norm.bias * (1 + scale[0]) + shift[0]
+        return group_norm(h, norm.num_groups, weight, bias, norm.eps)
 
 
 class Downsample(nn.Module):
@@ -184,23 +129,3 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_out(self.proj_in_act(x))
-
-
-class AdaLayerNorm(nn.Module):
-    """Layer norm without affine over channels, then (1 + scale) and shift (order: shift, scale) from the context."""
-
-    def __init__(self, channels: int, ctx_channels: int):
-        super().__init__()
-        self.linear = nn.Linear(ctx_channels, 2 * channels)
-
-    def condition(self, ctx: Tensor, height: int, width: int) -> Tensor:
-        """Modulation [B, h, 1, w, 1, 2 D] for a token grid height x width; depends on z alone."""
-        ctx = resize_to(ctx, height, width).permute(0, 2, 3, 1)  # [B, h, w, C]
-        return self.linear(F.silu(ctx))[:, :, None, :, None]
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x [B, H, W, D]."""
-        shift, scale = modulation.chunk(2, dim=-1)
-        y = F.layer_norm(x.float(), x.shape[-1:], eps=1e-5).to(x.dtype)
-        blocks = y.unflatten(2, (scale.shape[3], -1)).unflatten(1, (scale.shape[1], -1))
-        return torch.addcmul(shift, blocks, 1 + scale).flatten(3, 4).flatten(1, 2)

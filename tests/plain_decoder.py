@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ssdd.attention import RelativePositionBias, WindowAttention
 from ssdd.decoder import TransformerBlock, UViTDecoder
-from ssdd.layers import AdaGroupNorm, AdaLayerNorm, ResnetBlock
+from ssdd.layers import ResnetBlock
+from ssdd.norms import AdaGroupNorm, AdaLayerNorm
 
 
 class PlainDecoder(UViTDecoder):

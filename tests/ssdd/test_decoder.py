@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssdd.decoder import DECODER_SIZES, UViTDecoder
-from ssdd.layers import modulate
+from ssdd.norms import modulate
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssdd.encoder import Encoder, EncoderAttention, EncoderDownsample, parse_encoder_name
-from ssdd.layers import GroupNorm
+from ssdd.norms import GroupNorm
 from ssdd.tokenizer import SSDD
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssdd.group_norm import group_norm
+from ssdd.norms import group_norm
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
