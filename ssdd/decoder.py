@@ -309,8 +309,7 @@ class UViTDecoder(nn.Module):
         h, tokens = self.mid_block(h, condition.middle, keep)
         for block in self.up_blocks:
             for resnet in block.resnets:
-                h = torch.cat([h, skips.pop()], dim=1)
-                h = run_block(resnet, h, temb, next(modulations), recompute=self.recompute)
+                h = run_block(resnet, h, temb, next(modulations), skips.pop(), recompute=self.recompute)
             if hasattr(block, "upsamplers"):
                 h = block.upsamplers[0](h)
         return self.conv_out(silu(self.conv_norm_out(h))).float(), tokens

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssdd.norms import AdaGroupNorm, GroupNorm, group_norm, modulate, overwritable, silu
+from ssdd.norms import (
+    AdaGroupNorm,
+    GroupNorm,
+    affine,
+    affine_of_group_norm,
+    group_norm,
+    modulate,
+    overwritable,
+    silu,
+)
 
 
 class TimeEmbedding(nn.Module):
@@ -44,12 +53,49 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, temb: Tensor, modulation: Tensor) -> Tensor:
-        """x [B, Cin, H, W], temb = SiLU(time embedding) [1 or B, 4 C], modulation from `norm1.condition`."""
+    def forward(self, x: Tensor, temb: Tensor, modulation: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x and, after it in the channels, the skip connection: [B, Cin, H, W] together.
+
+        temb = SiLU(time embedding) [1 or B, 4 C], modulation from `norm1.condition`. Where there is a skip connection,
+        this is the last use of both maps, and may overwrite them.
+        """
+        if overwritable() and x.device.type == "cpu" and x.dtype == torch.float32:
+            return self._overwriting(x, temb, modulation, skip)
+        x = x if skip is None else torch.cat([x, skip], dim=1)
         h = self.conv1(silu(self.norm1(x, modulation)))
         h = self.conv2(silu(self._norm2_at(h, temb)))
         x = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
         return h.add_(x) if overwritable() else h + x
+
+    def _overwriting(self, x: Tensor, temb: Tensor, modulation: Tensor, skip: Tensor | None) -> Tensor:
+        """`forward` in few passes and few new buffers, which is what large maps on a CPU need.
+
+        Norms and modulations are one affine map each, in place where possible. The convolutions of x and skip, instead
+        of one of both together, spare putting them together.
+        """
+        parts = [x] if skip is None else [x, skip]
+        scale, shift = modulation.chunk(2, dim=1)
+        gain, offset = affine_of_group_norm(parts, self.norm1.groups, 1 + scale, shift, self.norm1.eps)
+        shortcut = self._sum_of_parts(self.conv_shortcut, parts) if hasattr(self, "conv_shortcut") else x
+        sizes = [part.shape[1] for part in parts]
+        affines = zip(parts, gain.split(sizes, 1), offset.split(sizes, 1), strict=True)
+        parts = [silu(affine(part, *maps, out=None if skip is None else part)) for part, *maps in affines]
+        h = self._sum_of_parts(self.conv1, parts)
+
+        scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)
+        weight, bias = (p[None, :, None, None] for p in (self.norm2.weight, self.norm2.bias))
+        gain, offset = weight * (1 + scale), bias * (1 + scale) + shift
+        gain, offset = affine_of_group_norm([h], self.norm2.num_groups, gain, offset, self.norm2.eps)
+        return self.conv2(silu(affine(h, gain, offset, out=h))).add_(shortcut)
+
+    @staticmethod
+    def _sum_of_parts(conv: nn.Conv2d, parts: list[Tensor]) -> Tensor:
+        """The convolution of parts that follow each other in the channels."""
+        weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
+        h = F.conv2d(parts[0], weights[0], conv.bias, padding=conv.padding)
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            h += F.conv2d(part, weight, padding=conv.padding)
+        return h
 
     def _norm2_at(self, h: Tensor, temb: Tensor) -> Tensor:
         """norm2(h) (1 + scale) + shift; one time for all images becomes part of the norm's own affine map."""

@@ -5,6 +5,8 @@ On a CPU the pages of a new buffer can cost as much as the arithmetic that fills
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,17 +25,24 @@ def silu(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x (1 + scale) + shift of a fresh activation x [B, C, H, W], which it may overwrite.
+    """x (1 + scale) + shift of a fresh activation, as `affine`."""
+    return affine(x, 1 + scale, shift, x if overwritable() else None)
 
-    scale and shift [1 or B, C, h, w] are constant over (H/h) x (W/w) blocks.
+
+def affine(x: Tensor, gain: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:
+    """gain x + offset; x [B, C, H, W], gain and offset [1 or B, C, h, w] constant over (H/h) x (W/w) blocks.
+
+    `out`, of the shape of x, takes the result; it may be x.
     """
-    h, w = scale.shape[-2:]
-    blocks = x.unflatten(3, (w, -1)).unflatten(2, (h, -1))  # [B, C, h, H/h, w, W/w], a view
-    scale, shift = (m[:, :, :, None, :, None] for m in (scale, shift))
-    if overwritable():
-        torch.addcmul(shift, blocks, 1 + scale, out=blocks)
-        return x
-    return torch.addcmul(shift, blocks, 1 + scale).flatten(4, 5).flatten(2, 3)
+    gain, offset = (m[:, :, :, None, :, None] for m in (gain, offset))
+
+    def blocks(x: Tensor) -> Tensor:  # [B, C, h, H/h, w, W/w], a view
+        return x.unflatten(3, (gain.shape[4], -1)).unflatten(2, (gain.shape[2], -1))
+
+    if out is None:
+        return torch.addcmul(offset, blocks(x), gain).flatten(4, 5).flatten(2, 3)
+    torch.addcmul(offset, blocks(x), gain, out=blocks(out))
+    return out
 
 
 def group_norm(
@@ -46,6 +55,28 @@ def group_norm(
         return F.group_norm(x, groups, weight, bias, eps)
     weight, bias = (None if p is None else p.float() for p in (weight, bias))
     return F.group_norm(x.float(), groups, weight, bias, eps).to(x.dtype)
+
+
+def affine_of_group_norm(
+    parts: Sequence[Tensor], groups: int, gain: Tensor, offset: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(a, b) such that a x + b is gain times the group norm of x, plus offset.
+
+    x is `parts` [B, Ci, H, W], one after the other in the channels, which need not be put together. a, b, gain and
+    offset [1 or B, C, h, w] are constant over blocks.
+    """
+    moments = [_channel_moments(part) for part in parts]
+    mean, var = (torch.cat(one, dim=1).unflatten(1, (groups, -1)) for one in zip(*moments, strict=True))
+    var = var.mean(2, keepdim=True) + mean.var(2, correction=0, keepdim=True)  # within channels, and between them
+    std, mean = (var + eps).sqrt().expand_as(mean), mean.mean(2, keepdim=True).expand_as(mean)
+    gain = gain / std.flatten(1)[:, :, None, None]
+    return gain, offset - gain * mean.flatten(1)[:, :, None, None]
+
+
+def _channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [B, C] of the channels of x [B, C, H, W]."""
+    moments = [torch.batch_norm_update_stats(image, None, None, 0.0) for image in x.split(1)]
+    return tuple(torch.stack(one) for one in zip(*moments, strict=True))
 
 
 class GroupNorm(nn.GroupNorm):
