@@ -1,0 +1,129 @@
+"""Networks measured in turn, each in a process of its own: its peak memory is its own, and other load hits all alike.
+
+A child gets its job as JSON, prepares it, warms up and writes one line of JSON about it. Then, for every line it reads,
+it works once and answers with the seconds of each stage and its peak memory so far.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.bench_table import bench_device
+from ssdd.engine.errors import UserError
+from ssdd.engine.training import peak_memory, synchronize
+
+WARM_UP = 2  # times: kernels are compiled and chosen, an optimizer's state is made
+
+
+@dataclass
+class Work:
+    """What a child measures: stages that run one after another, each timed by itself."""
+
+    stages: dict[str, Callable[[], object]]
+    parameters: int
+    flop: int
+    """Of one image, two a multiply-add: matrix products, convolutions and attentions."""
+
+
+def measure_in_turn(jobs: Sequence[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
+    """Of each job `parameters`, `flop`, `peak_memory_bytes`, and `stages`: its stages' seconds, one a round.
+
+    job["module"] names the module of scripts/ whose `prepare(job, device)` makes the Work. UserError as raised there,
+    or where a process ended.
+    """
+    with ExitStack() as stack:
+        children = [stack.enter_context(Child(job)) for job in jobs]
+        for _ in range(rounds):
+            for child in children:
+                child.measure()
+        return [child.found for child in children]
+
+
+class Child:
+    """The process of one job, and what it has found."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        command = [sys.executable, str(Path(__file__).with_name("bench.py")), "_serve", json.dumps(job)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            self.found = self._answer()
+        except BaseException:
+            self.__exit__()
+            raise
+        self.found["stages"] = {stage: [] for stage in self.found["stages"]}
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def measure(self) -> None:
+        """One round."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.found["peak_memory_bytes"] = answer["peak_memory_bytes"]
+        for stage, seconds in answer["stages"].items():
+            self.found["stages"][stage].append(seconds)
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"the process of {self.job} ended with status {self.process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+
+def serve(job: dict[str, Any]) -> int:
+    """The child's side, until its input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    device = bench_device()
+
+    def answer(content: dict[str, Any]) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    try:
+        work = importlib.import_module(f"scripts.{job['module']}").prepare(job, device)
+    except UserError as error:
+        answer({"error": str(error)})
+        return 2
+    for _ in range(WARM_UP):
+        _seconds(work, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    answer({"parameters": work.parameters, "flop": work.flop, "stages": list(work.stages)})
+    for _ in sys.stdin:
+        stages = _seconds(work, device)
+        answer({"stages": stages, "peak_memory_bytes": peak_memory(device)})
+    return 0
+
+
+def _seconds(work: Work, device: torch.device) -> dict[str, float]:
+    found = {}
+    for stage, run in work.stages.items():
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        found[stage] = time.perf_counter() - began
+    return found
