@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scripts.bench_table import DTYPES
 from ssdd.engine.throughput import matmul_flops, seconds_a_call
 
-REPEATS = 3  # of the shortest of three calls
+REPEATS = 2  # of the shortest of three calls
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 BATCH = {"cpu": 1, "cuda": 64}
 CONVOLUTIONS = {"conv": (256, 64), "thin_conv": (64, 256)}

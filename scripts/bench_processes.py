@@ -1,7 +1,7 @@
 """Networks measured in turn, each in a process of its own: its peak memory is its own, and other load hits all alike.
 
-A child gets its job as JSON, prepares it, warms up and writes one line of JSON about it. Then, for every line it reads,
-it works once and answers with the seconds of each stage and its peak memory so far.
+A child gets its job as JSON, prepares it and writes one line of JSON about it. Then, for every line it reads, it works
+once and answers with the seconds of each stage and its peak memory. Children start side by side, but never work so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from scripts.bench_table import bench_device
 from ssdd.engine.errors import UserError
 from ssdd.engine.training import peak_memory, synchronize
 
-WARM_UP = 2  # times: kernels are compiled and chosen, an optimizer's state is made
+WARM_UP = 2  # times, one child after another: kernels are compiled and chosen, an optimizer's state is made
 
 
 @dataclass
@@ -45,45 +45,42 @@ def measure_in_turn(jobs: Sequence[dict[str, Any]], rounds: int) -> list[dict[st
     """
     with ExitStack() as stack:
         children = [stack.enter_context(Child(job)) for job in jobs]
+        found = [child.answer() | {"stages": {}} for child in children]
+        for child in children:
+            for _ in range(WARM_UP):
+                child.work()
         for _ in range(rounds):
-            for child in children:
-                child.measure()
-        return [child.found for child in children]
+            for child, result in zip(children, found, strict=True):
+                worked = child.work()
+                result["peak_memory_bytes"] = worked["peak_memory_bytes"]
+                for stage, seconds in worked["stages"].items():
+                    result["stages"].setdefault(stage, []).append(seconds)
+        return found
 
 
 class Child:
-    """The process of one job, and what it has found."""
+    """The process of one job."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
         command = [sys.executable, str(Path(__file__).with_name("bench.py")), "_serve", json.dumps(job)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        try:
-            self.found = self._answer()
-        except BaseException:
-            self.__exit__()
-            raise
-        self.found["stages"] = {stage: [] for stage in self.found["stages"]}
 
     def __enter__(self) -> Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.stdin.close()
         self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+        self.process.communicate()
 
-    def measure(self) -> None:
-        """One round."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        self.found["peak_memory_bytes"] = answer["peak_memory_bytes"]
-        for stage, seconds in answer["stages"].items():
-            self.found["stages"][stage].append(seconds)
+    def work(self) -> dict[str, Any]:
+        """Once: `stages`, seconds of each, and `peak_memory_bytes`."""
+        with suppress(BrokenPipeError):  # then the answer is missing, too
+            print(file=self.process.stdin, flush=True)
+        return self.answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
+        """The next one. UserError where the child reports one, or has ended."""
         line = self.process.stdout.readline()
         if not line:
             raise UserError(f"the process of {self.job} ended with status {self.process.wait()}")
@@ -107,14 +104,11 @@ def serve(job: dict[str, Any]) -> int:
     except UserError as error:
         answer({"error": str(error)})
         return 2
-    for _ in range(WARM_UP):
-        _seconds(work, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    answer({"parameters": work.parameters, "flop": work.flop, "stages": list(work.stages)})
+    answer({"parameters": work.parameters, "flop": work.flop})
     for _ in sys.stdin:
-        stages = _seconds(work, device)
-        answer({"stages": stages, "peak_memory_bytes": peak_memory(device)})
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        answer({"stages": _seconds(work, device), "peak_memory_bytes": peak_memory(device)})
     return 0
 
 

@@ -235,7 +235,8 @@ class _Builder:
             kind, optional = _strip_optional(typing.get_args(free[0].type)[1])
         else:
             raise UserError(f"{where}: unknown key {key!r}; {_nearest(key, self.fields)}")
-        if typing.get_origin(kind) is list and field is not None and _is_choice(node, field):
+        chosen = field is not None and field.choices and isinstance(node, yaml.ScalarNode)
+        if typing.get_origin(kind) is list and chosen and node.value not in _NULLS:
             node = yaml.SequenceNode("", [node])  # one of a list's choices needs no brackets, as metrics=auto
         try:
             value = _convert(node, kind, optional)
@@ -276,14 +277,6 @@ def _value_at(config: Any, key: str) -> Any:
 
 def _is_dict(kind: Any) -> bool:
     return typing.get_origin(kind) is dict
-
-
-def _is_choice(node: yaml.Node, field: SchemaField) -> bool:
-    """Whether a node is one of the choices of a list field by itself, as auto or true."""
-    try:
-        return _convert(node, *_strip_optional(typing.get_args(field.type)[0])) in field.choices
-    except ValueError:
-        return False
 
 
 def _convert(node: yaml.Node, kind: Any, optional: bool) -> Any:
