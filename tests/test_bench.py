@@ -246,7 +246,7 @@ def test_help_lists_the_commands_and_the_keys_of_each(capsys):
         (["tokenizer", "encoder=f9c4"], "f9c4"),
         (["tokenizer", "side=[48]"], "multiples of 32"),  # AutoencoderDC's stride
         (["tokenizer", "batch=[0]"], "batch=[0]"),
-        (["tokenizer", "compile=maybe"], "compile"),
+        (["tokenizer", "compile=maybe"], "compile expects list[bool]; got 'maybe'"),
         (["pipeline", "side=40", "model=DiT-XXS/4"], "multiples of 64"),
         (["pipeline", "rounds=0"], "rounds=0"),
         (["pipeline", "dtype=float16"], "must be one of float32, bfloat16"),

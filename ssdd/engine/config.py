@@ -236,10 +236,9 @@ class _Builder:
         else:
             raise UserError(f"{where}: unknown key {key!r}; {_nearest(key, self.fields)}")
         chosen = field is not None and field.choices and isinstance(node, yaml.ScalarNode)
-        if typing.get_origin(kind) is list and chosen and node.value not in _NULLS:
-            node = yaml.SequenceNode("", [node])  # one of a list's choices needs no brackets, as metrics=auto
-        try:
-            value = _convert(node, kind, optional)
+        bare = typing.get_origin(kind) is list and chosen and node.value not in _NULLS
+        try:  # one of a list's choices needs no brackets, as metrics=auto
+            value = _convert(yaml.SequenceNode("", [node]) if bare else node, kind, optional)
             self._open_groups(key)
             OmegaConf.update(self.config, key, value)
         except (ValueError, TypeError, OmegaConfBaseException):
