@@ -34,7 +34,7 @@ class Work:
     stages: dict[str, Callable[[], object]]
     parameters: int
     flop: int
-    """Of one image, two a multiply-add: matrix products, convolutions and attentions."""
+    """Of one image as it is computed, two a multiply-add: matrix products, convolutions and attentions."""
 
 
 def measure_in_turn(jobs: Sequence[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
@@ -106,10 +106,18 @@ def serve(job: dict[str, Any]) -> int:
         return 2
     answer({"parameters": work.parameters, "flop": work.flop})
     for _ in sys.stdin:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        _forget_peak(device)
         answer({"stages": _seconds(work, device), "peak_memory_bytes": peak_memory(device)})
     return 0
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` be of what follows, not of weights that were made in float32 or of compilers."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # elsewhere than on Linux the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def _seconds(work: Work, device: torch.device) -> dict[str, float]:

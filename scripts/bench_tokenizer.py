@@ -1,4 +1,9 @@
-"""Tokenizers beside diffusers' autoencoders: `python scripts/bench.py tokenizer key=value`."""
+"""Tokenizers beside diffusers' autoencoders: `python scripts/bench.py tokenizer key=value`.
+
+Every network has random weights. Parameters are those of the half at work. GFLOP are of one image as it is computed;
+"of peak" holds their rate against the best that a matrix product or a convolution reached in the same run. "/ KL" is
+the network's rate by that of AutoencoderKL, the median over rounds. Peak memory is the process's, on CUDA the device's.
+"""
 
 from __future__ import annotations
 
@@ -80,15 +85,14 @@ def tokenizer(argv: list[str]) -> int:
     axes = (settings.side, settings.dtype, settings.compile, settings.batch)
     for side, dtype, compiled, batch in itertools.product(*axes):
         print(f"\n{settings.task}, {dtype}, {form(compiled)}, {side} px, batch {batch}")
-        for number, networks in enumerate(compared(settings)):
+        for networks in compared(settings):
             jobs = [
                 Job(name, last, settings.task, settings.encoder, side, dtype, compiled, batch, settings.steps)
                 for name, last in networks
             ]
             rows = measure(jobs, settings.rounds, max(ceilings[dtype].values()))
             columns = columns_of(rows)
-            if number == 0:
-                print_head(columns)
+            print_head(columns)
             for row in rows:
                 print_row(columns, row | row["ratios"])
             results.add(rows)

@@ -26,7 +26,8 @@ from ssdd.engine.throughput import count_forward_flop
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 XXS_DECODER = 1_415_271
-TINY_DECODER = 1_222_531
+XS_DECODER = 4_996_611
+LAYOUTS = ("contiguous", "channels_last")
 
 
 @pytest.fixture
@@ -66,26 +67,33 @@ def median_ratio(theirs: dict, ours: dict) -> float:
     return pytest.approx(statistics.median(their / our for their, our in pairs))
 
 
-def test_networks_in_their_own_processes_give_every_row_of_the_table_and_the_same_as_json(capfd, tmp_path):
+def test_networks_in_processes_of_their_own_are_reported_in_a_table_and_as_json(capfd, tmp_path):
     file = tmp_path / "new" / "speed.json"
-    wanted = ["decoder=XXS", "peers=AutoencoderTiny", "side=[32]", "rounds=2", f"json={file}"]
-    assert main(["tokenizer", *wanted]) == 0
+    assert main(["tokenizer", "decoder=[XXS,XS]", "peers=[]", "side=[32]", "rounds=2", f"json={file}"]) == 0
     out = capfd.readouterr().out
     found = results(out)
     assert json.loads(file.read_text()) == found
-    assert found["command"].startswith("python scripts/bench.py tokenizer decoder=XXS")
-    rows = found["rows"]
-    names = [("SSDD-XXS", "own"), ("AutoencoderTiny", "contiguous"), ("AutoencoderTiny", "channels_last")]
-    assert [(row["network"], row["layout"]) for row in rows] == names
-    assert [line.split()[:2] for line in out.splitlines()[-4:-1]] == [list(name) for name in names]
-    assert [row["parameters"] for row in rows] == [XXS_DECODER, TINY_DECODER, TINY_DECODER]
+    assert found["command"].startswith("python scripts/bench.py tokenizer 'decoder=[XXS,XS]'")
+    rows, names = found["rows"], ["SSDD-XXS", "SSDD-XS"]
+    assert [row["network"] for row in rows] == [line.split()[0] for line in out.splitlines()[-3:-1]] == names
+    assert [row["parameters"] for row in rows] == [XXS_DECODER, XS_DECODER]
     peak = max(found["ceilings"]["float32"].values())
-    better = min(rows[1:], key=lambda row: row["median"])
     for row in rows:
-        check_rates(row | {"batch": 1}, rounds=2)
-        assert row["ratios"] == {"AutoencoderTiny": median_ratio(better, row)}
+        check_rates(row, rounds=2)
         assert row["share_of_peak"] == pytest.approx(row["gflop"] * 1e9 * row["images_per_s"] / peak)
         assert 100e6 < row["peak_memory_bytes"] < 10e9
+
+
+def test_peers_are_measured_in_both_memory_formats_and_ratios_are_to_the_better(capsys, in_process):
+    wanted = ["decoder=XXS", "peers=[AutoencoderTiny,AutoencoderKL]", "side=[32]", "batch=[2]", "rounds=3"]
+    assert main(["tokenizer", *wanted]) == 0
+    rows = results(capsys.readouterr().out)["rows"]
+    peers = [(peer, layout) for peer in ("AutoencoderTiny", "AutoencoderKL") for layout in LAYOUTS]
+    assert [(row["network"], row["layout"]) for row in rows] == [("SSDD-XXS", "own"), *peers]
+    better = {pair[0]["network"]: min(pair, key=lambda row: row["median"]) for pair in (rows[1:3], rows[3:])}
+    for row in rows:
+        check_rates(row, rounds=3)
+        assert row["ratios"] == {name: median_ratio(peer, row) for name, peer in better.items()}
 
 
 def test_all_combinations_are_measured_one_table_each(capsys, in_process):
@@ -196,7 +204,7 @@ def test_both_chains_of_sampling_are_measured_with_their_parts(capsys, in_proces
     assert [(row["network"], row["layout"]) for row in rows] == names
     better = min(rows[1:], key=lambda row: row["median"])
     for row in rows:
-        check_rates(row | {"batch": 2}, rounds=2)
+        check_rates(row, rounds=2)
         assert row["seconds"] == pytest.approx([sum(both) for both in zip(*row["stages"].values(), strict=True)])
         assert row["sample_seconds"] == pytest.approx(statistics.median(row["stages"]["sample"]))
         assert row["decode_seconds"] == pytest.approx(statistics.median(row["stages"]["decode"]))
