@@ -121,7 +121,7 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
         parts = {f"{stage}_seconds": rates(seconds, settings.batch)["median"] for stage, seconds in stages.items()}
         total = [sum(both) for both in zip(*stages.values(), strict=True)]
         layout = "own" if name.startswith(OURS) else "channels_last" if last else "contiguous"
-        row = {"network": name, "layout": layout, "model": settings.model, "parameters": found["parameters"]}
+        row = {"network": name, "layout": layout, **shared, "parameters": found["parameters"]}
         row |= {"gflop": found["flop"] / 1e9, **parts, "stages": stages} | rates(total, settings.batch)
         rows.append(row | {"peak_memory_bytes": found["peak_memory_bytes"]})
     best = min(rows[1:], key=lambda row: row["median"])
