@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import statistics
+import itertools
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,16 +15,41 @@ from dit.convention import convention
 from dit.model import NAMES, DiT
 from dit.networks import build_objective, loss_weights
 from dit.objective import step_draws
+from scripts.bench_table import (
+    DTYPES,
+    PARAMETERS,
+    RATE,
+    SECONDS,
+    Column,
+    Results,
+    bench_device,
+    check_lists,
+    check_positive,
+    form,
+    print_head,
+    print_machine,
+    print_row,
+    rates,
+    ratio,
+)
 from ssdd.engine.config import parse
-from ssdd.engine.errors import UserError
 from ssdd.engine.optim import build_optimizer
-from ssdd.engine.throughput import count_flop
+from ssdd.engine.throughput import count_flop, peak_flops
 from ssdd.engine.training import peak_memory, synchronize
 from ssdd.objective import weighted_sum
 
 CHANNELS, CLASSES, SIDE = 4, 1000, 32
 WARM_UP = 2  # steps: kernels are compiled and chosen, the optimizer's state is made
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # as the trainer's MFU calls them
+COLUMNS = (
+    Column("model", "model", 9),
+    Column("network", "network", 10),
+    PARAMETERS,
+    Column("GFLOP/step", "gflop", 11, 1),
+    *SECONDS,
+    RATE,
+    Column("MFU %", "mfu", 7, 1, 100),
+)
 
 
 @dataclass
@@ -34,14 +58,16 @@ class Settings:
 
     model: list[str] = field(default_factory=lambda: ["DiT-S/2", "DiT-B/2"], metadata={"choices": NAMES})
     """Sizes, one table row each."""
-    dtype: str = field(default="float32", metadata={"choices": tuple(DTYPES)})
+    dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"choices": tuple(DTYPES)})
     """bfloat16 is autocast; weights stay float32."""
-    compile: bool = False
+    compile: list[bool] = field(default_factory=lambda: [False], metadata={"choices": (False, True)})
     """torch.compile both networks."""
     batch: int = 16
     """Latents a step."""
     rounds: int = 5
     """Steps of each network that count; they alternate, so that what else the machine does hits both alike."""
+    json: str | None = None
+    """File for the results."""
 
 
 class Diffusers(nn.Module):
@@ -74,67 +100,62 @@ class Diffusers(nn.Module):
 
 
 def dit(argv: list[str]) -> int:
-    """A table of step times, rates and their ratio, and the same as one line of JSON."""
+    """A table of step times, rates and their ratio for each dtype and form, and the same as one line of JSON."""
     settings = parse(Settings, argv, program="bench dit", description=__doc__)
-    if settings.batch < 1 or settings.rounds < 1:
-        raise UserError("batch and rounds must be at least 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    form = "compiled" if settings.compile else "eager"
-    print(f"Training step, {settings.dtype}, {form}, batch {settings.batch}, {settings.rounds} rounds in turn")
-    print(f"torch {torch.__version__}, {device.type}, {place}")
-    print("network              parameters  GFLOP/step   median s      min      max  images/s")
-    results = {}
-    for name in settings.model:
-        results[name] = result = measure(name, settings, device)
-        for whose in ("ours", "diffusers"):
-            one = result[whose]
-            print(
-                f"{name:9s} {whose:10s} {one['parameters'] / 1e6:8.2f} M {one['gflop']:11.1f} {one['median']:10.3f} "
-                f"{one['min']:8.3f} {one['max']:8.3f} {one['images_per_s']:9.2f}"
-            )
-        print(f"{name:9s} {result['ratio']:.3f} times the rate of diffusers'", flush=True)
-    about = vars(settings) | {"device": device.type, "place": place, "torch": torch.__version__}
-    print(json.dumps({**about, "peak_memory_bytes": peak_memory(device), "networks": results}))
+    check_positive(settings, "batch", "rounds")
+    check_lists(settings, "model", "dtype", "compile")
+    device = bench_device()
+    print(f"Training step, batch {settings.batch}, {settings.rounds} rounds in turn")
+    print_machine(device)
+    peaks = {dtype: peak_flops(device, PRECISIONS[dtype]) for dtype in settings.dtype}
+    results = Results("dit", settings, device, argv, peak_flops=peaks)
+    for dtype, compiled in itertools.product(settings.dtype, settings.compile):
+        print(f"\n{dtype}, {form(compiled)}")
+        print_head(COLUMNS)
+        for name in settings.model:
+            rows = measure(name, settings, dtype, compiled, device, peaks[dtype])
+            for row in rows:
+                print_row(COLUMNS, row)
+            print(f"{name:9s} {rows[0]['ratio']:.3f} times the rate of diffusers'", flush=True)
+            results.add(rows)
+    results.print()
     return 0
 
 
-def measure(name: str, settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Seconds and images/s of both networks, and `ratio`: the median over rounds of theirs / our seconds."""
+def measure(
+    name: str, settings: Settings, dtype: str, compiled: bool, device: torch.device, peak: float | None
+) -> list[dict[str, Any]]:
+    """A row for each network. `ratio`: to diffusers', the median over rounds."""
     torch.manual_seed(0)
     ours = DiT.from_name(name, SIDE, CHANNELS, CLASSES, learn_sigma=False)
-    prepared = {"ours": Step(ours, settings, device), "diffusers": Step(Diffusers(ours), settings, device)}
-    seconds: dict[str, list[float]] = {whose: [] for whose in prepared}
+    prepared = {"ours": ours, "diffusers": Diffusers(ours)}
+    steps = {whose: Step(network, settings.batch, dtype, compiled, device) for whose, network in prepared.items()}
+    seconds: dict[str, list[float]] = {whose: [] for whose in steps}
     for number in range(WARM_UP + settings.rounds):
-        for whose, step in prepared.items():
+        for whose, step in steps.items():
             synchronize(device)
             began = time.perf_counter()
             step()
             synchronize(device)
             seconds[whose] += [time.perf_counter() - began] * (number >= WARM_UP)
-    result: dict[str, Any] = {
-        whose: {
-            "parameters": step.parameters,
-            "gflop": step.flop / 1e9,
-            "median": statistics.median(seconds[whose]),
-            "min": min(seconds[whose]),
-            "max": max(seconds[whose]),
-            "images_per_s": settings.batch / statistics.median(seconds[whose]),
-        }
-        for whose, step in prepared.items()
-    }
-    ratios = [theirs / own for own, theirs in zip(seconds["ours"], seconds["diffusers"], strict=True)]
-    return result | {"ratio": statistics.median(ratios)}
+    rows = []
+    for whose, step in steps.items():
+        row = {"model": name, "network": whose, "dtype": dtype, "compile": compiled, "batch": settings.batch}
+        row |= {"parameters": step.parameters, "gflop": step.flop / 1e9} | rates(seconds[whose], settings.batch)
+        row["mfu"] = None if peak is None else step.flop / row["median"] / peak
+        row["ratio"] = ratio(seconds["diffusers"], seconds[whose])
+        rows.append(row | {"peak_memory_bytes": peak_memory(device)})
+    return rows
 
 
 class Step:
     """One training step of a network, always on the same latents, with the objective and optimizer of the trainer."""
 
-    def __init__(self, network: nn.Module, settings: Settings, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, batch: int, dtype: str, compiled: bool, device: torch.device) -> None:
         cfg = DiTConfig()
         self.objective = build_objective(cfg, network).to(device).train(network.training)
-        self.weights, self.dtype, self.device = loss_weights(cfg), DTYPES[settings.dtype], device
-        shape = (settings.batch, CHANNELS, SIDE, SIDE)
+        self.weights, self.dtype, self.device = loss_weights(cfg), DTYPES[dtype], device
+        shape = (batch, CHANNELS, SIDE, SIDE)
         self.given = (
             torch.randn(shape, device=device),
             torch.randint(CLASSES, shape[:1], device=device),
@@ -145,7 +166,7 @@ class Step:
         self.optimizer = build_optimizer("adamw", groups, cfg.training.lr, (0.9, cfg.training.beta2))
         self.parameters = sum(p.numel() for p in trained)
         self.flop = count_flop(self.loss, trained)
-        if settings.compile:
+        if compiled:
             network.compile()
 
     def loss(self) -> Tensor:

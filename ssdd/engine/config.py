@@ -235,10 +235,10 @@ class _Builder:
             kind, optional = _strip_optional(typing.get_args(free[0].type)[1])
         else:
             raise UserError(f"{where}: unknown key {key!r}; {_nearest(key, self.fields)}")
-        if typing.get_origin(kind) is list and field is not None and node.value in field.choices:
-            node = yaml.SequenceNode("", [node])  # one of a list's choices needs no brackets, as metrics=auto
-        try:
-            value = _convert(node, kind, optional)
+        chosen = field is not None and field.choices and isinstance(node, yaml.ScalarNode)
+        bare = typing.get_origin(kind) is list and chosen and node.value not in _NULLS
+        try:  # one of a list's choices needs no brackets, as metrics=auto
+            value = _convert(yaml.SequenceNode("", [node]) if bare else node, kind, optional)
             self._open_groups(key)
             OmegaConf.update(self.config, key, value)
         except (ValueError, TypeError, OmegaConfBaseException):

@@ -48,6 +48,14 @@ def count_flop(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     return counter.get_total_flops()
 
 
+@torch.no_grad()
+def count_forward_flop(forward: Callable[[], object]) -> int:
+    """The same of a call without gradients; before the network is compiled."""
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
+
+
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP a second that the device can do in `precision` (no, bf16, fp16), or None where that is not known.
 
@@ -59,16 +67,13 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         known = (peak for name, peak in HALF_PRECISION_TFLOPS.items() if set(name.split()) <= words)
         tflops = None if precision == "no" else next(known, None)
         return None if tflops is None else 1e12 * tflops
-    return _matmul_flops(DTYPES[precision]) if device.type == "cpu" else None
+    return matmul_flops(device, DTYPES[precision]) if device.type == "cpu" else None
 
 
-def _matmul_flops(dtype: torch.dtype, side: int = 1024) -> float:
-    matrix, seconds = torch.ones(side, side, dtype=dtype), []
-    for _ in range(4):  # the first one warms up
-        began = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / min(seconds[1:])
+def matmul_flops(device: torch.device, dtype: torch.dtype, side: int = 1024) -> float:
+    """FLOP a second of a product of two square matrices; not of zeros or ones, which cost a GPU less power."""
+    matrix = torch.linspace(-1, 1, side * side, device=device).to(dtype).view(side, side)
+    return 2 * side**3 / seconds_a_call(device, lambda: matrix @ matrix)
 
 
 def seconds_a_call(device: torch.device, work: Callable[[], object]) -> float:

@@ -9,26 +9,36 @@ import torch
 
 from dit.model import DiT
 from scripts.bench import main
-from scripts.bench_dit import Diffusers, Settings, Step
+from scripts.bench_dit import Diffusers, Step
 
 
-def test_the_comparison_prints_a_table_and_one_line_of_json(capsys):
-    assert main(["dit", "model=DiT-XXS/8", "batch=1", "rounds=1"]) == 0
+def test_the_comparison_prints_a_table_for_each_dtype_and_one_line_of_json(capsys, tmp_path):
+    file = tmp_path / "speed.json"
+    wanted = ["model=DiT-XXS/8", "batch=1", "rounds=1", "dtype=[float32,bfloat16]", f"json={file}"]
+    assert main(["dit", *wanted]) == 0
     *table, line = capsys.readouterr().out.splitlines()
     result = json.loads(line)
-    assert (result["batch"], result["rounds"], result["dtype"], result["compile"]) == (1, 1, "float32", False)
-    ours, theirs = (result["networks"]["DiT-XXS/8"][whose] for whose in ("ours", "diffusers"))
-    assert result["networks"]["DiT-XXS/8"]["ratio"] == pytest.approx(theirs["median"] / ours["median"])
-    assert ours["images_per_s"] == pytest.approx(1 / ours["median"])
+    assert result == json.loads(file.read_text())
+    assert [(row["dtype"], row["compile"], row["batch"]) for row in result["rows"][::2]] == [
+        ("float32", False, 1),
+        ("bfloat16", False, 1),
+    ]
     expected = DiT.from_name("DiT-XXS/8", learn_sigma=False)
-    assert ours["parameters"] == sum(p.numel() for p in expected.parameters() if p.requires_grad)
-    assert ours["gflop"] == pytest.approx(theirs["gflop"], rel=0.1)
-    assert [row.split()[:2] for row in table[-3:-1]] == [["DiT-XXS/8", "ours"], ["DiT-XXS/8", "diffusers"]]
+    for ours, theirs in (result["rows"][:2], result["rows"][2:]):
+        assert (ours["network"], theirs["network"], theirs["ratio"]) == ("ours", "diffusers", 1.0)
+        assert ours["ratio"] == pytest.approx(theirs["median"] / ours["median"])
+        assert ours["images_per_s"] == pytest.approx(1 / ours["median"])
+        assert ours["parameters"] == sum(p.numel() for p in expected.parameters() if p.requires_grad)
+        assert ours["gflop"] == pytest.approx(theirs["gflop"], rel=0.1)
+        assert ours["mfu"] == pytest.approx(ours["gflop"] * 1e9 / ours["median"] / result["peak_flops"][ours["dtype"]])
+    rows = [row.split()[:2] for row in table if row.startswith("DiT-XXS/8")]
+    assert [row[0] for row in rows] == ["DiT-XXS/8"] * 6
+    assert [row[1] for row in rows if row[1] in ("ours", "diffusers")] == ["ours", "diffusers"] * 2
 
 
 def test_diffusers_network_does_not_drop_labels_a_second_time():
     network = Diffusers(DiT.from_name("DiT-XXS/8", learn_sigma=False))
-    Step(network, Settings(batch=1), torch.device("cpu"))
+    Step(network, 1, "float32", False, torch.device("cpu"))
     assert not any(module.training for module in network.modules())
 
 
