@@ -122,9 +122,8 @@ class RelativePositionBias(nn.Module):
         self.relative_bias_table = nn.Parameter(torch.zeros(2 * window - 1, 2 * window - 1, heads))
 
     def forward(self, geometry: WindowGeometry) -> Tensor:
-        """Additive float mask [masks, tiles across * heads, tile queries, tile keys], -inf for keys out of sight."""
-        bias = self.relative_bias_table.flatten(0, 1).T.contiguous()[:, geometry.bias_index]  # [heads, queries, keys]
-        return (geometry.hidden.to(bias.dtype) + bias).flatten(1, 2)
+        """What is added to the logits of a tile, [heads, tile queries, tile keys]."""
+        return self.relative_bias_table.flatten(0, 1).T.contiguous()[:, geometry.bias_index]
 
 
 class WindowAttention(nn.Module):
@@ -144,14 +143,16 @@ class WindowAttention(nn.Module):
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.to_q, self.to_k, self.to_v))
         q = F.pad(q, (0, 0, 0, 0, 0, right, 0, below))
         k, v = (F.pad(y, (0, 0, 0, 0, halo, right + halo, halo, below + halo)) for y in (k, v))
-        bias = bias.to(q.dtype)
+        bias, hidden, masks = bias.to(q.dtype), geometry.hidden.to(q.dtype), {}
         row_bytes = len(x) * geometry.tiles[1] * geometry.bias_index.shape[1] * x.shape[-1] * x.element_size()
         parts = []
         for band in geometry.calls(row_bytes, x.device):
             start, stop = band.first * th, (band.first + band.count) * th
             queries = geometry.query_tiles(q[:, start:stop])
             keys, values = (geometry.key_tiles(y[:, start : stop + 2 * halo]) for y in (k, v))
-            tiles = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias[band.mask][None])
+            if band.mask not in masks:  # neighbours share one, and only one is kept
+                masks = {band.mask: (hidden[band.mask] + bias).flatten(0, 1)[None]}
+            tiles = F.scaled_dot_product_attention(queries, keys, values, attn_mask=masks[band.mask])
             parts.append(geometry.merge_tiles(tiles, len(x)))
         grid = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return self.out_proj(grid[:, : geometry.height, : geometry.width])

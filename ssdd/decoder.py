@@ -25,7 +25,7 @@ from ssdd.layers import (
     TimeEmbedding,
     Upsample,
 )
-from ssdd.norms import AdaLayerNorm, GroupNorm, silu
+from ssdd.norms import AdaLayerNorm, GroupNorm, overwritable, silu
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,8 @@ class UViTDecoder(nn.Module):
         x_t = x_t.to(self.conv_in.weight.dtype)
         temb = F.silu(self.time_embedding(t))
         modulations = iter(condition.modulations)
-        h = F.conv2d(x_t, self.conv_in.weight[:, :3], padding=1) + condition.z_input
+        h = F.conv2d(x_t, self.conv_in.weight[:, :3], padding=1)
+        h = h.add_(condition.z_input) if overwritable() else h + condition.z_input
         skips = [h]
         for block in self.down_blocks:
             for resnet in block.resnets:
