@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 
 import torch
 import torch.nn.functional as F
@@ -91,9 +91,7 @@ class WindowGeometry:
 
     def key_tiles(self, x: Tensor) -> Tensor:
         """[B, n tile height + 2 halo, W + 2 halo, heads, d] -> [B n, tiles across * heads, tile keys, d]."""
-        (th, tw), halo = self.tile, self.halo
-        x = x.unfold(1, th + 2 * halo, th).unfold(2, tw + 2 * halo, tw)  # [B, n, tx, heads, d, kh, kw]
-        return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5).flatten(2, 3).flatten(0, 1)
+        return OverlappingTiles.apply(x, self.tile, self.halo).flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
     def merge_tiles(self, x: Tensor, batch: int) -> Tensor:
         """[B n, tiles across * heads, tile queries, d] -> [B, n tile height, W, heads * d]."""
@@ -107,6 +105,28 @@ class WindowGeometry:
             most = band.count if device.type != "cpu" else max(1, CPU_KEY_BYTES // row_bytes)
             for first in range(0, band.count, most):
                 yield Band(band.first + first, min(most, band.count - first), band.mask)
+
+
+class OverlappingTiles(torch.autograd.Function):
+    """Tiles with their halo, [B, H, W, heads, d] -> [B, down, across, heads, tile height + 2 halo, and width, d].
+
+    Gradients are summed a tile's size at a time, where tiles do not overlap: far faster than what `unfold` would do.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tile: tuple[int, int], halo: int) -> Tensor:
+        ctx.shape, ctx.tile = x.shape, tile
+        (th, tw), span = tile, 2 * halo
+        return x.unfold(1, th + span, th).unfold(2, tw + span, tw).movedim(4, 6).contiguous()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        total, (th, tw) = grad.new_zeros(ctx.shape), ctx.tile
+        for y, rows in zip(count(0, th), grad.movedim(6, 4).split(th, dim=5), strict=False):
+            for x, part in zip(count(0, tw), rows.split(tw, dim=6), strict=False):
+                places = total[:, y:, x:].unfold(1, part.shape[5], th).unfold(2, part.shape[6], tw)
+                places[:, : grad.shape[1], : grad.shape[2]] += part
+        return total, None, None
 
 
 def _inside(start: int, length: int, limit: int) -> tuple[int, int]:
