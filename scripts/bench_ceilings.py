@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from scripts.bench_table import DTYPES
 from ssdd.engine.throughput import matmul_flops, seconds_a_call
 
-REPEATS = 2  # of the shortest of three calls
+CALLS = 12  # of which the shortest counts
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 BATCH = {"cpu": 1, "cuda": 64}
 CONVOLUTIONS = {"conv": (256, 64), "thin_conv": (64, 256)}
@@ -21,12 +22,12 @@ writing the output to fresh pages costs about as much."""
 def ceilings(device: torch.device, dtype: str) -> dict[str, float]:
     """FLOP a second, best of several: `matmul`, and `conv` and `thin_conv`, 3x3 in channels_last."""
     kind = device.type
-    found = {"matmul": max(matmul_flops(device, DTYPES[dtype], MATRIX_SIDE[kind]) for _ in range(REPEATS))}
+    found = {"matmul": matmul_flops(device, DTYPES[dtype], MATRIX_SIDE[kind])}
     for name, (channels, side) in CONVOLUTIONS.items():
         layout = {"dtype": DTYPES[dtype], "memory_format": torch.channels_last}
         x = torch.randn(BATCH[kind], channels, side, side, device=device).to(**layout)
         weight = torch.randn(channels, channels, 3, 3, device=device).to(**layout)
-        seconds = min(seconds_a_call(device, lambda: F.conv2d(x, weight, padding=1)) for _ in range(REPEATS))  # noqa: B023
+        seconds = seconds_a_call(device, partial(F.conv2d, x, weight, padding=1), CALLS)
         found[name] = 2 * 9 * channels**2 * side**2 * BATCH[kind] / seconds
     return found
 

@@ -73,13 +73,13 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def matmul_flops(device: torch.device, dtype: torch.dtype, side: int = 1024) -> float:
     """FLOP a second of a product of two square matrices; not of zeros or ones, which cost a GPU less power."""
     matrix = torch.linspace(-1, 1, side * side, device=device).to(dtype).view(side, side)
-    return 2 * side**3 / seconds_a_call(device, lambda: matrix @ matrix)
+    return 2 * side**3 / seconds_a_call(device, lambda: matrix @ matrix, calls=12)
 
 
-def seconds_a_call(device: torch.device, work: Callable[[], object]) -> float:
-    """The shortest of three calls of `work`, after one that compiles and chooses kernels."""
+def seconds_a_call(device: torch.device, work: Callable[[], object], calls: int = 3) -> float:
+    """The shortest of some calls of `work`, after one that compiles and chooses kernels."""
     seconds = []
-    for _ in range(4):
+    for _ in range(1 + calls):
         synchronize(device)
         began = time.perf_counter()
         work()
