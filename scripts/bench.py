@@ -1,14 +1,15 @@
-"""Measure speed and memory on this machine: `python scripts/bench.py tokenizer|dit|pipeline|cache|scaling`.
+"""Measure speed and memory on this machine: `python scripts/bench.py tokenizer|dit|pipeline|builder|cache|scaling`.
 
 tokenizer: our decoders, our encoder or a training step beside diffusers' autoencoders, eager or compiled, float32 or
     bfloat16: `tokenizer decoder=[S,M] dtype=[float32,bfloat16] compile=[false,true]`.
 dit: a training step of our DiT beside one of diffusers' of the same shape: `dit model=DiT-S/2 dtype=bfloat16
     compile=true batch=16 rounds=5`.
 pipeline: sampling from class to image with f16c4 latents and our one-step decoder beside f8c4 and AutoencoderKL.
+builder: a cache built from JPEG files beside the encoder alone.
 cache: latents a second of the cache's reader beside other ways to store them, and what a training step waits for data.
 scaling: time and peak memory of one-step decodes and of local attention alone at growing sizes, a process for each.
 
-The first three take key=value, list their keys with --help, and write their results to a file with json=FILE.
+The first four take key=value, list their keys with --help, and write their results to a file with json=FILE.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def run(argv: list[str]) -> int:
         from scripts.bench_cache import cache
 
         return cache()
-    if argv[:1] in (["tokenizer"], ["dit"], ["pipeline"]):
+    if argv[:1] in (["tokenizer"], ["dit"], ["pipeline"], ["builder"]):
         return getattr(importlib.import_module(f"scripts.bench_{argv[0]}"), argv[0])(argv[1:])
     if len(argv) == 2 and argv[0] == "_serve":
         from scripts.bench_processes import serve

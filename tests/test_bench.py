@@ -294,3 +294,12 @@ def test_an_unknown_part_for_a_gpu_is_refused():
     ran = subprocess.run([str(ROOT / "scripts/bench_gpu"), "everything"], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "everything is no part" in ran.stderr
+
+
+def test_the_builder_is_held_against_the_encoder_alone(capsys):
+    assert main(["builder", "images=6", "side=16", "batch=4", "rounds=2", "threads=1", "encoder=f8c4"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["round"] for row in result["rows"]] == [1, 2]
+    for row in result["rows"]:
+        assert row["overhead"] == pytest.approx(row["build"] / row["encoder"] - 1)
+        assert row["images_per_s"] == pytest.approx(6 / row["build"])
