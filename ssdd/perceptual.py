@@ -46,7 +46,7 @@ class Lpips(nn.Module):
             warnings.simplefilter("ignore")  # torchvision's renamed argument
             network = LPIPS(net=net, pnet_rand=True, verbose=False)
         _load_backbone(network.net, backbone)
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
         """Distances [B] of images [B, 3, H, W], about [-1, 1] and not clamped."""

@@ -15,6 +15,7 @@ from ssdd.decoder import DECODER_STRIDE, UViTDecoder, parse_decoder
 from ssdd.encoder import Encoder, parse_encoder_name
 from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.errors import UserError
+from ssdd.engine.pictures import to_uint8
 from ssdd.flow import Velocity, euler, time_grid
 from ssdd.foreign import SD_VAE, KLEncoder, adopt, encoder_fingerprint
 from ssdd.kl_decoder import KLDecoder
@@ -162,6 +163,16 @@ class SSDD(nn.Module):
         parts = zip(z.split(rows), noise.split(rows), strict=True)
         x = torch.cat([euler(self._velocity_of(z_part, height, width), part, grid) for z_part, part in parts])
         return x.clamp(-1, 1) if x0_clamp else x
+
+    def decode_uint8(
+        self,
+        z: Tensor,
+        steps: int | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`decode`, as pixels: uint8 [B, 3, h f, w f] on the device of z, clamped and rounded as everywhere here."""
+        return to_uint8(self.decode(z, steps, noise, generator))
 
     def _velocity_of(self, z: Tensor, height: int, width: int) -> Velocity:
         """(x_t, t) -> v for a fixed z; what depends on z alone is done here, once, but for tiles: it is large."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ssdd.adapters.noise import decoder_noise
 from ssdd.engine.errors import UserError
-from ssdd.engine.pictures import to_uint8
 from ssdd.tokenizer import SSDD
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class LightningDiTTokenizer:
         """Raw latents [B, C, h, w], on any device -> uint8 [B, h f, w f, 3]; the same noise for every image."""
         shape = (len(z), 3, z.shape[-2] * self.model.f, z.shape[-1] * self.model.f)
         noise = decoder_noise(shape, self.noise_seed)
-        images = to_uint8(self.model.decode(z.to(self.device), steps=self.steps, noise=noise))
+        images = self.model.decode_uint8(z.to(self.device), steps=self.steps, noise=noise)
         return images.permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -18,7 +18,7 @@ from ssdd.engine.files import write_atomic
 
 def to_uint8(images: Tensor) -> Tensor:
     """Clamp, scale and round images in [-1, 1] (any float dtype, any shape) to uint8 in [0, 255]."""
-    return (images.float().clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
+    return images.float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
