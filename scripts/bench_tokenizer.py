@@ -65,8 +65,8 @@ class Settings:
     """torch.compile all networks."""
     batch: list[int] = field(default_factory=lambda: [1])
     """Images at once."""
-    steps: int = 1
-    """Steps of our decoder."""
+    steps: list[int] = field(default_factory=lambda: [1])
+    """Steps of our decoders in task=decode, a row for each."""
     rounds: int = 5
     """Calls of each network that count; they alternate, so that what else the machine does hits all alike."""
     json: str | None = None
@@ -78,7 +78,7 @@ def tokenizer(argv: list[str]) -> int:
     settings = parse(Settings, argv, program="bench tokenizer", description=__doc__)
     check(settings)
     device = bench_device()
-    print(f"Tokenizers, task {settings.task}, steps {settings.steps}, {settings.rounds} rounds in turn")
+    print(f"Tokenizers, task {settings.task}, {settings.rounds} rounds in turn")
     print_machine(device)
     ceilings = measure_ceilings(device, settings.dtype)
     results = Results("tokenizer", settings, device, argv, ceilings=ceilings)
@@ -87,8 +87,8 @@ def tokenizer(argv: list[str]) -> int:
         print(f"\n{settings.task}, {dtype}, {form(compiled)}, {side} px, batch {batch}")
         for networks in compared(settings):
             jobs = [
-                Job(name, last, settings.task, settings.encoder, side, dtype, compiled, batch, settings.steps)
-                for name, last in networks
+                Job(name, last, settings.task, settings.encoder, side, dtype, compiled, batch, steps)
+                for name, last, steps in networks
             ]
             rows = measure(jobs, settings.rounds, max(ceilings[dtype].values()))
             columns = columns_of(rows)
@@ -114,12 +114,14 @@ def check(settings: Settings) -> None:
         raise UserError(f"side={bad}: encoder={settings.encoder} and the peers need multiples of {multiple}")
 
 
-def compared(settings: Settings) -> list[list[tuple[str, bool]]]:
-    """Groups of networks that are measured in turn: name and whether in channels_last, ours first."""
+def compared(settings: Settings) -> list[list[tuple[str, bool, int]]]:
+    """Groups of networks that are measured in turn: name, whether in channels_last, and steps; ours first."""
     if settings.task == "train":
-        return [[(OURS + size, True), (PLAIN + size, False)] for size in settings.decoder]
-    ours = [OURS + size for size in settings.decoder] if settings.task == "decode" else [OURS + settings.encoder]
-    return [[(name, True) for name in ours] + [(peer, last) for peer in settings.peers for last in (False, True)]]
+        return [[(OURS + size, True, 1), (PLAIN + size, False, 1)] for size in settings.decoder]
+    peers = [(peer, last, 1) for peer in settings.peers for last in (False, True)]
+    if settings.task == "encode":
+        return [[(OURS + settings.encoder, True, 1), *peers]]
+    return [[*((OURS + size, True, steps) for size in settings.decoder for steps in settings.steps), *peers]]
 
 
 def measure(jobs: list[Job], rounds: int, peak: float) -> list[dict[str, Any]]:
@@ -127,7 +129,7 @@ def measure(jobs: list[Job], rounds: int, peak: float) -> list[dict[str, Any]]:
     rows = []
     for job, found in zip(jobs, measure_in_turn([asdict(job) for job in jobs], rounds), strict=True):
         row = {"network": job.network, "layout": job.layout}
-        row |= {key: getattr(job, key) for key in ("task", "side", "dtype", "compile", "batch")}
+        row |= {key: getattr(job, key) for key in ("task", "steps", "side", "dtype", "compile", "batch")}
         row |= {"parameters": found["parameters"], "gflop": found["flop"] / 1e9}
         row |= rates(found["stages"][job.task], job.batch) | {"peak_memory_bytes": found["peak_memory_bytes"]}
         row["share_of_peak"] = row["images_per_s"] * found["flop"] / peak
@@ -143,7 +145,7 @@ def measure(jobs: list[Job], rounds: int, peak: float) -> list[dict[str, Any]]:
 
 def columns_of(rows: list[dict[str, Any]]) -> list[Column]:
     """The table's columns, a ratio to each peer at the end."""
-    figures = [PARAMETERS, Column("GFLOP/image", "gflop", 11, 1), RATE, *SECONDS, MEMORY]
+    figures = [Column("steps", "steps", 5, 0), PARAMETERS, Column("GFLOP/image", "gflop", 11, 1), RATE, *SECONDS, MEMORY]
     share = Column("of peak %", "share_of_peak", 9, 1, 100)
     ratios = [Column(f"/ {name.removeprefix('Autoencoder')}", name, 8, 3) for name in rows[0]["ratios"]]
     return [NETWORK, LAYOUT, *figures, share, *ratios]

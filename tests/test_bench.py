@@ -113,13 +113,12 @@ def test_all_combinations_are_measured_one_table_each(capsys, in_process):
 def test_decoding_counts_what_a_decode_computes_and_each_step_of_it(capsys, in_process):
     model = SSDD("f8c4", "XXS")
     z, noise = torch.zeros(1, 4, 4, 4), torch.zeros(1, 3, 32, 32)
-    found = {}
-    for steps in (1, 3):
-        assert main(["tokenizer", "decoder=XXS", "peers=[]", "side=[32]", "rounds=1", f"steps={steps}"]) == 0
-        (row,) = results(capsys.readouterr().out)["rows"]
+    assert main(["tokenizer", "decoder=XXS", "peers=[]", "side=[32]", "rounds=1", "steps=[1,3]"]) == 0
+    one, three = results(capsys.readouterr().out)["rows"]
+    for row, steps in ((one, 1), (three, 3)):
+        assert row["steps"] == steps
         assert row["gflop"] * 1e9 == count_forward_flop(lambda: model.decode(z, steps=steps, noise=noise))  # noqa: B023
-        found[steps] = row["gflop"]
-    assert 2 * found[1] < found[3] < 3 * found[1]  # what depends on z alone is done once
+    assert 2 * one["gflop"] < three["gflop"] < 3 * one["gflop"]  # what depends on z alone is done once
 
 
 def test_encoding_measures_one_encoder_of_ours_beside_the_peers(capsys, in_process):
