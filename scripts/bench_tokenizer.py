@@ -145,7 +145,7 @@ def measure(jobs: list[Job], rounds: int, peak: float) -> list[dict[str, Any]]:
 
 def columns_of(rows: list[dict[str, Any]]) -> list[Column]:
     """The table's columns, a ratio to each peer at the end."""
-    figures = [Column("steps", "steps", 5, 0), PARAMETERS, Column("GFLOP/image", "gflop", 11, 1), RATE, *SECONDS, MEMORY]
+    steps, flop = Column("steps", "steps", 5, 0), Column("GFLOP/image", "gflop", 11, 1)
     share = Column("of peak %", "share_of_peak", 9, 1, 100)
     ratios = [Column(f"/ {name.removeprefix('Autoencoder')}", name, 8, 3) for name in rows[0]["ratios"]]
-    return [NETWORK, LAYOUT, *figures, share, *ratios]
+    return [NETWORK, LAYOUT, steps, PARAMETERS, flop, RATE, *SECONDS, MEMORY, share, *ratios]
