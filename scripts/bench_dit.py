@@ -15,6 +15,7 @@ from dit.convention import convention
 from dit.model import NAMES, DiT
 from dit.networks import build_objective, loss_weights
 from dit.objective import step_draws
+from scripts.bench_ceilings import CALLS
 from scripts.bench_table import (
     DTYPES,
     PARAMETERS,
@@ -35,7 +36,7 @@ from scripts.bench_table import (
 from ssdd.engine.config import parse
 from ssdd.engine.optim import build_optimizer
 from ssdd.engine.throughput import count_flop, peak_flops
-from ssdd.engine.training import peak_memory, synchronize
+from ssdd.engine.training import synchronize
 from ssdd.objective import weighted_sum
 
 CHANNELS, CLASSES, SIDE = 4, 1000, 32
@@ -107,7 +108,7 @@ def dit(argv: list[str]) -> int:
     device = bench_device()
     print(f"Training step, batch {settings.batch}, {settings.rounds} rounds in turn")
     print_machine(device)
-    peaks = {dtype: peak_flops(device, PRECISIONS[dtype]) for dtype in settings.dtype}
+    peaks = {dtype: peak_flops(device, PRECISIONS[dtype], CALLS) for dtype in settings.dtype}
     results = Results("dit", settings, device, argv, peak_flops=peaks)
     for dtype, compiled in itertools.product(settings.dtype, settings.compile):
         print(f"\n{dtype}, {form(compiled)}")
@@ -144,7 +145,7 @@ def measure(
         row |= {"parameters": step.parameters, "gflop": step.flop / 1e9} | rates(seconds[whose], settings.batch)
         row["mfu"] = None if peak is None else step.flop / row["median"] / peak
         row["ratio"] = ratio(seconds["diffusers"], seconds[whose])
-        rows.append(row | {"peak_memory_bytes": peak_memory(device)})
+        rows.append(row)
     return rows
 
 

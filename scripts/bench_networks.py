@@ -6,6 +6,7 @@ Speed depends on weights only where they are zero: what training starts at zero 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,11 +52,10 @@ def build(name: str, encoder: str, dtype: str, channels_last: bool, device: torc
     channels_last is for the peers; ours lays itself out.
     """
     torch.manual_seed(0)
+    diffusers = _diffusers()
     if name in PEERS:
-        try:
-            import diffusers
-        except ImportError:
-            raise UserError("the peers come from diffusers, which is not installed: pip install diffusers") from None
+        if diffusers is None:
+            raise UserError("the peers come from diffusers, which is not installed: pip install diffusers")
         diffusers.logging.set_verbosity_error()  # it warns of every change of type
         network = getattr(diffusers, name)(**PEERS[name])
         stride, channels = LATENTS[name]
@@ -66,6 +66,15 @@ def build(name: str, encoder: str, dtype: str, channels_last: bool, device: torc
         stride, channels = network.f, network.z_dim
     fill_zeros(network)
     return network.eval().to(device, DTYPES[dtype]), stride, channels
+
+
+def _diffusers() -> ModuleType | None:
+    """For our networks, too, where it is installed: what the import takes is part of every peak of memory."""
+    try:
+        import diffusers
+    except ImportError:
+        return None
+    return diffusers
 
 
 def compile_network(network: nn.Module) -> None:

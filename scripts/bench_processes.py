@@ -24,6 +24,7 @@ from scripts.bench_table import bench_device
 from ssdd.engine.errors import UserError
 from ssdd.engine.training import peak_memory, synchronize
 
+CUDA_SECONDS = 0.2  # at least, of calls without a pause
 WARM_UP = 2  # times, one child after another: kernels are compiled and chosen, an optimizer's state is made
 
 
@@ -52,7 +53,8 @@ def measure_in_turn(jobs: Sequence[dict[str, Any]], rounds: int) -> list[dict[st
         for _ in range(rounds):
             for child, result in zip(children, found, strict=True):
                 worked = child.work()
-                result["peak_memory_bytes"] = worked["peak_memory_bytes"]
+                peaks = result.get("peak_memory_bytes", 0), worked["peak_memory_bytes"]
+                result["peak_memory_bytes"] = max(peaks)
                 for stage, seconds in worked["stages"].items():
                     result["stages"].setdefault(stage, []).append(seconds)
         return found
@@ -121,11 +123,16 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def _seconds(work: Work, device: torch.device) -> dict[str, float]:
+    """Of one call of each stage; on CUDA the mean of many, after one that wakes the device, which others used."""
     found = {}
     for stage, run in work.stages.items():
+        if device.type == "cuda":
+            run()
         synchronize(device)
-        began = time.perf_counter()
-        run()
+        began, calls = time.perf_counter(), 0
+        while calls == 0 or (device.type == "cuda" and time.perf_counter() - began < CUDA_SECONDS):
+            run()
+            calls += 1
         synchronize(device)
-        found[stage] = time.perf_counter() - began
+        found[stage] = (time.perf_counter() - began) / calls
     return found

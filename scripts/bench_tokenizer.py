@@ -1,7 +1,7 @@
 """Tokenizers beside diffusers' autoencoders: `python scripts/bench.py tokenizer key=value`.
 
 Every network has random weights. Parameters are those of the half at work. GFLOP are of one image as it is computed;
-"of peak" holds their rate against the best that a matrix product or a convolution reached in the same run. "/ KL" is
+"of peak" holds the best rate against the best that a matrix product or a convolution reached in the same run. "/ KL" is
 the network's rate by that of AutoencoderKL, the median over rounds. Peak memory is the process's, on CUDA the device's.
 """
 
@@ -132,7 +132,7 @@ def measure(jobs: list[Job], rounds: int, peak: float) -> list[dict[str, Any]]:
         row |= {key: getattr(job, key) for key in ("task", "steps", "side", "dtype", "compile", "batch")}
         row |= {"parameters": found["parameters"], "gflop": found["flop"] / 1e9}
         row |= rates(found["stages"][job.task], job.batch) | {"peak_memory_bytes": found["peak_memory_bytes"]}
-        row["share_of_peak"] = row["images_per_s"] * found["flop"] / peak
+        row["share_of_peak"] = job.batch / row["min"] * found["flop"] / peak  # both are the best that was seen
         rows.append(row)
     best: dict[str, dict[str, Any]] = {}
     for row in rows:

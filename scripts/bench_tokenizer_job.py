@@ -108,7 +108,7 @@ def training(job: Job, device: torch.device) -> Work:
 
 
 def plain_decoder() -> type[torch.nn.Module]:
-    """The decoder as it is published, which tests hold ours against. UserError outside of a checkout."""
+    """The plain form of our decoder, which tests hold it against. UserError outside of a checkout."""
     try:
         from tests.plain_decoder import PlainDecoder
     except ImportError:

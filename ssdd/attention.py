@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, groupby
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -99,12 +99,14 @@ class WindowGeometry:
         x = x.permute(0, 1, 4, 2, 5, 3, 6)  # [B, n, th, tx, tw, heads, d]
         return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
-    def calls(self, row_bytes: int, device: torch.device) -> Iterator[Band]:
-        """The bands, on a CPU cut to calls whose keys, `row_bytes` for a row of tiles, stay below CPU_KEY_BYTES."""
-        for band in self.bands:
-            most = band.count if device.type != "cpu" else max(1, CPU_KEY_BYTES // row_bytes)
-            for first in range(0, band.count, most):
-                yield Band(band.first + first, min(most, band.count - first), band.mask)
+    def calls(self, band: Band, row_bytes: int, device: torch.device) -> Iterator[tuple[int, int]]:
+        """First and number of a band's rows of tiles for each attention call.
+
+        On a CPU their keys, `row_bytes` for a row of tiles, stay below CPU_KEY_BYTES.
+        """
+        most = band.count if device.type != "cpu" else max(1, CPU_KEY_BYTES // row_bytes)
+        for first in range(0, band.count, most):
+            yield band.first + first, min(most, band.count - first)
 
 
 class OverlappingTiles(torch.autograd.Function):
@@ -113,20 +115,31 @@ class OverlappingTiles(torch.autograd.Function):
     Gradients are summed a tile's size at a time, where tiles do not overlap: far faster than what `unfold` would do.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, tile: tuple[int, int], halo: int) -> Tensor:
-        ctx.shape, ctx.tile = x.shape, tile
+    def forward(x: Tensor, tile: tuple[int, int], halo: int) -> Tensor:
         (th, tw), span = tile, 2 * halo
         return x.unfold(1, th + span, th).unfold(2, tw + span, tw).movedim(4, 6).contiguous()
 
     @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, tuple[int, int], int], output: Tensor) -> None:
+        ctx.shape, ctx.tile = inputs[0].shape, inputs[1]
+
+    @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        total, (th, tw) = grad.new_zeros(ctx.shape), ctx.tile
-        for y, rows in zip(count(0, th), grad.movedim(6, 4).split(th, dim=5), strict=False):
-            for x, part in zip(count(0, tw), rows.split(tw, dim=6), strict=False):
-                places = total[:, y:, x:].unfold(1, part.shape[5], th).unfold(2, part.shape[6], tw)
-                places[:, : grad.shape[1], : grad.shape[2]] += part
-        return total, None, None
+        (batch, height, width, heads, d), (th, tw) = ctx.shape, ctx.tile
+        down, across, rows, columns = grad.shape[1], grad.shape[2], grad.shape[4], grad.shape[5]
+        beyond_h, beyond_w = -rows % th, -columns % tw  # so that each sum covers whole tiles: slices and views only
+        total = grad.new_zeros(batch, height + beyond_h, width + beyond_w, heads, d)
+        grad = grad.permute(0, 1, 4, 2, 5, 3, 6)  # [B, down, rows, across, columns, heads, d]
+        for y in range(0, rows, th):
+            for x in range(0, columns, tw):
+                part = grad[:, :, y : y + th, :, x : x + tw]
+                places = total[:, y : y + down * th, x : x + across * tw]
+                places = places.unflatten(2, (across, tw)).unflatten(1, (down, th))
+                places[:, :, : part.shape[2], :, : part.shape[4]] += part
+        return total[:, :height, :width], None, None
 
 
 def _inside(start: int, length: int, limit: int) -> tuple[int, int]:
@@ -163,16 +176,16 @@ class WindowAttention(nn.Module):
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.to_q, self.to_k, self.to_v))
         q = F.pad(q, (0, 0, 0, 0, 0, right, 0, below))
         k, v = (F.pad(y, (0, 0, 0, 0, halo, right + halo, halo, below + halo)) for y in (k, v))
-        bias, hidden, masks = bias.to(q.dtype), geometry.hidden.to(q.dtype), {}
+        bias, hidden = bias.to(q.dtype), geometry.hidden.to(q.dtype)
         row_bytes = len(x) * geometry.tiles[1] * geometry.bias_index.shape[1] * x.shape[-1] * x.element_size()
         parts = []
-        for band in geometry.calls(row_bytes, x.device):
-            start, stop = band.first * th, (band.first + band.count) * th
-            queries = geometry.query_tiles(q[:, start:stop])
-            keys, values = (geometry.key_tiles(y[:, start : stop + 2 * halo]) for y in (k, v))
-            if band.mask not in masks:  # neighbours share one, and only one is kept
-                masks = {band.mask: (hidden[band.mask] + bias).flatten(0, 1)[None]}
-            tiles = F.scaled_dot_product_attention(queries, keys, values, attn_mask=masks[band.mask])
-            parts.append(geometry.merge_tiles(tiles, len(x)))
+        for band in geometry.bands:
+            mask = (hidden[band.mask] + bias).flatten(0, 1)[None]  # here, as the masks of all blocks would be large
+            for first, rows in geometry.calls(band, row_bytes, x.device):
+                start, stop = first * th, (first + rows) * th
+                queries = geometry.query_tiles(q[:, start:stop])
+                keys, values = (geometry.key_tiles(y[:, start : stop + 2 * halo]) for y in (k, v))
+                tiles = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+                parts.append(geometry.merge_tiles(tiles, len(x)))
         grid = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return self.out_proj(grid[:, : geometry.height, : geometry.width])

@@ -186,6 +186,7 @@ class UViTDecoder(nn.Module):
     """Velocity network of the tokenizer.
 
     `size` is a name of `DECODER_SIZES` or a `DecoderSize`; `z_dim` the latent channels; `window` the attention window.
+    Without gradients, activations are overwritten by later ones: hooks that keep them must clone them.
     """
 
     recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
@@ -288,7 +289,16 @@ class UViTDecoder(nn.Module):
     def velocity_and_tokens(
         self, x_t: Tensor, t: Tensor, condition: Condition, keep: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """v, and the tokens [B, H/8, W/8, D] after transformer block number `keep`."""
+        """v, and the tokens [B, H/8, W/8, D] after transformer block number `keep`.
+
+        One image stands for all where there are several z, and one z where there are several images. ValueError where
+        their numbers, or that of the times, do not go together.
+        """
+        images, latents, times = len(x_t), len(condition.z_input), t.numel() if t.ndim else 1
+        batch = max(images, latents)
+        if not {images, latents, times} <= {1, batch}:
+            raise ValueError(f"{images} images, {latents} latents and {times} times do not go together")
+        x_t = x_t.expand(batch, -1, -1, -1)
         return (self._compiled or self._velocity_and_tokens)(x_t, t, condition, keep)
 
     def _velocity_and_tokens(

@@ -15,14 +15,14 @@ def group_norm_op(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised map, and mean and 1 / deviation [B, groups]."""
-    sizes = len(x), x.shape[1], x[0, 0].numel()
-    return torch.ops.aten.native_group_norm(x, weight, bias, *sizes, groups, eps)
+    x = x.contiguous(memory_format=_layout(x))
+    return torch.ops.aten.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
 
 
 @group_norm_op.register_fake
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = x.dtype if weight is None else weight.dtype
-    return torch.empty_like(x), x.new_empty(len(x), groups, dtype=dtype), x.new_empty(len(x), groups, dtype=dtype)
+    statistics = (x.new_empty(x.shape[0], groups, dtype=(x if weight is None else weight).dtype) for _ in range(2))
+    return torch.empty_like(x, memory_format=_layout(x)), *statistics
 
 
 @torch.library.custom_op("ssdd::group_norm_backward", mutates_args=())
@@ -30,10 +30,9 @@ def group_norm_backward_op(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; the latter two are empty where there is no weight."""
-    sizes, affine = (len(x), x.shape[1], x[0, 0].numel()), weight is not None
-    found = torch.ops.aten.native_group_norm_backward(
-        grad, x, mean, rstd, weight, *sizes, groups, [True, affine, affine]
-    )
+    grad, x = (part.contiguous(memory_format=_layout(x)) for part in (grad, x))
+    wanted = [True, weight is not None, weight is not None]
+    found = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *_sizes(x), groups, wanted)
     return tuple(x.new_empty(0) if one is None else one for one in found)
 
 
@@ -41,7 +40,17 @@ def group_norm_backward_op(
 def _(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *(x.new_empty(0) if weight is None else torch.empty_like(weight) for _ in range(2))
+    parameters = (x.new_empty(0) if weight is None else torch.empty_like(weight) for _ in range(2))
+    return torch.empty_like(x, memory_format=_layout(x)), *parameters
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], x.shape[2:].numel()
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """What the kernel works in."""
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
 def _keep(ctx, inputs, output) -> None:

@@ -91,6 +91,8 @@ class ResnetBlock(nn.Module):
     @staticmethod
     def _sum_of_parts(conv: nn.Conv2d, parts: list[Tensor]) -> Tensor:
         """The convolution of parts that follow each other in the channels."""
+        if len(parts) == 1:
+            return conv(parts[0])
         weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
         h = F.conv2d(parts[0], weights[0], conv.bias, padding=conv.padding)
         for part, weight in zip(parts[1:], weights[1:], strict=True):

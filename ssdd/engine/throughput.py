@@ -56,24 +56,24 @@ def count_forward_flop(forward: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
+def peak_flops(device: torch.device, precision: str, calls: int = 3) -> float | None:
     """FLOP a second that the device can do in `precision` (no, bf16, fp16), or None where that is not known.
 
     GPUs: data sheets, for half precision only, since float32 training mixes units (TF32 and others) of different peaks.
-    CPUs: what a matrix product of 1024 rows reaches here and now.
+    CPUs: what a matrix product of 1024 rows reaches here and now, the best of some calls.
     """
     if device.type == "cuda":
         words = set(re.split(r"[ -]", torch.cuda.get_device_name(device)))
         known = (peak for name, peak in HALF_PRECISION_TFLOPS.items() if set(name.split()) <= words)
         tflops = None if precision == "no" else next(known, None)
         return None if tflops is None else 1e12 * tflops
-    return matmul_flops(device, DTYPES[precision]) if device.type == "cpu" else None
+    return matmul_flops(device, DTYPES[precision], calls=calls) if device.type == "cpu" else None
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype, side: int = 1024) -> float:
+def matmul_flops(device: torch.device, dtype: torch.dtype, side: int = 1024, calls: int = 3) -> float:
     """FLOP a second of a product of two square matrices; not of zeros or ones, which cost a GPU less power."""
     matrix = torch.linspace(-1, 1, side * side, device=device).to(dtype).view(side, side)
-    return 2 * side**3 / seconds_a_call(device, lambda: matrix @ matrix, calls=12)
+    return 2 * side**3 / seconds_a_call(device, lambda: matrix @ matrix, calls)
 
 
 def seconds_a_call(device: torch.device, work: Callable[[], object], calls: int = 3) -> float:

@@ -25,6 +25,23 @@ def masked_softmax_attention(attention, table, x, window):
     return attention.out_proj((weights @ v).transpose(1, 2).flatten(2)).unflatten(1, (height, width))
 
 
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (9, 17)])
+def test_compiled_gradients_equal_eager_ones(height, width):
+    torch.manual_seed(0)
+    attention, position = WindowAttention(12, 2), RelativePositionBias(8, 2)
+    x = torch.randn(2, height, width, 12, requires_grad=True)
+    parameters = [x, *attention.parameters(), *position.parameters()]
+    geometry = WindowGeometry.of(height, width, 8, x.device)
+
+    def loss(x):
+        return attention(x, position(geometry), geometry).square().sum()
+
+    expected = torch.autograd.grad(loss(x), parameters)
+    found = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), parameters)
+    for ours, reference in zip(found, expected, strict=True):
+        assert (ours - reference).abs().max() <= 1e-5 * max(1, reference.abs().max())
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 4), (7, 5), (8, 8), (9, 16), (3, 20), (32, 32)])
 def test_tiles_equal_the_masked_softmax(height, width):
     torch.manual_seed(0)

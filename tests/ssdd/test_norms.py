@@ -38,10 +38,22 @@ def test_compiled_values_and_gradients_equal_those_of_the_definition(affine):
         assert (ours - theirs).abs().max() < 1e-4
 
 
+def test_the_operator_takes_any_batch_without_being_compiled_again():
+    graphs = []
+    run = torch.compile(
+        lambda x: group_norm(x, 4), backend=lambda graph, _: graphs.append(graph) or graph, dynamic=True
+    )
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 12, 4, 4)
+        assert torch.allclose(run(x), F.group_norm(x, 4), atol=1e-6)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("way", ["weights", "autocast"])
-def test_bfloat16_is_rounded_once_after_arithmetic_in_float32(affine, way):
-    x = (100 + torch.randn(2, 12, 50, 30)).bfloat16()  # a mean that bfloat16 sums would lose
+def test_bfloat16_is_rounded_once_after_arithmetic_in_float32(affine, way, layout):
+    x = (10 + torch.randn(2, 12, 50, 30)).bfloat16().to(memory_format=layout)  # a mean that bfloat16 sums would lose
     weight, bias = (torch.randn(12) if affine else None for _ in range(2))
     expected = F.group_norm(x.double(), 4, *(None if p is None else p.double() for p in (weight, bias)))
     if way == "weights" and affine:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ssdd import SSDD
+from ssdd.engine.throughput import count_forward_flop
 from ssdd.flow import time_grid
 from tests.plain_decoder import PlainDecoder
 
@@ -27,6 +28,31 @@ def pair(size, z_dim):
 
 
 CASES = [("S", (64, 64), 1), ("XS", (72, 136), 2), ("XXS", (16, 24), 3)]
+GRIDS = [(2, 2), (4, 4), (16, 16), (1, 1), (5, 7)]  # latents of 64 x 64 px, at stride 32, 16 and 4 and at no stride
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_latents_of_any_grid_equal_the_plain_form(grid):
+    model, plain = pair("XXS", 4)
+    x, z = torch.randn(2, 3, 64, 64), torch.randn(2, 4, *grid)
+    expected = plain(x, 0.3, z)
+    with torch.no_grad():
+        assert (model.decoder(x, 0.3, z) - expected).abs().max() <= 1e-4
+    assert (model.decoder(x, 0.3, z) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_one_image_or_one_latent_stands_for_all_and_other_numbers_are_refused(grad):
+    model, _ = pair("XXS", 4)
+    x, z, t = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 2, 2), torch.rand(2)
+    with torch.set_grad_enabled(grad):
+        expected = torch.cat([model.decoder(x[:1], t[i], z[i : i + 1]) for i in (0, 1)])
+        assert (model.decoder(x[:1], t, z) - expected).abs().max() < 1e-5
+        expected = torch.cat([model.decoder(x[i : i + 1], t[i], z[:1]) for i in (0, 1)])
+        assert (model.decoder(x, t, z[:1]) - expected).abs().max() < 1e-5
+        for wrong in ((x[:1], t, z[:1]), (x, torch.rand(3), z), (torch.randn(3, 3, 16, 16), 0.5, z)):
+            with pytest.raises(ValueError, match="do not go together"):
+                model.decoder(*wrong)
 
 
 @pytest.mark.parametrize(("size", "sides", "batch"), CASES)
@@ -87,3 +113,13 @@ def test_what_depends_on_z_alone_is_computed_once_a_decode(steps):
     assert {calls[name] for name in of_z} == {1}
     assert {calls[name] for name in calls if name not in of_z} == {steps}
     assert len(of_z) == 3 + 20 + 2 * 2  # the context's projection, 20 residual blocks, norm and bias of 2 transformers
+
+
+def test_the_products_of_z_alone_are_those_of_one_step_whatever_the_steps():
+    model, _ = pair("XXS", 4)
+    x, z = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 2, 2)
+    of_z = count_forward_flop(lambda: model.decoder.condition(z, 16, 16))
+    a_step = count_forward_flop(lambda: model.decoder(x, 0.5, z)) - of_z
+    for steps in (1, 5):
+        found = count_forward_flop(lambda: model.decode(z, steps=steps, noise=x))  # noqa: B023
+        assert of_z > 0 and found == of_z + steps * a_step
