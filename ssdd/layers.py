@@ -22,6 +22,9 @@ from ssdd.norms import (
     silu,
 )
 
+CACHED_VALUES = 1 << 20
+"""Float32 maps of more values an image do not stay in the caches of a CPU."""
+
 
 class TimeEmbedding(nn.Module):
     """Sinusoids of 1000 t, [cos | sin], through two linear layers: t scalar or [B] in [0, 1] -> [1 or B, 4 C]."""
@@ -59,7 +62,7 @@ class ResnetBlock(nn.Module):
         temb = SiLU(time embedding) [1 or B, 4 C], modulation from `norm1.condition`. Where there is a skip connection,
         this is the last use of both maps, and may overwrite them.
         """
-        if overwritable() and x.device.type == "cpu" and x.dtype == torch.float32:
+        if overwritable() and _large(x):
             return self._overwriting(x, temb, modulation, skip)
         x = x if skip is None else torch.cat([x, skip], dim=1)
         h = self.conv1(silu(self.norm1(x, modulation)))
@@ -106,6 +109,10 @@ class ResnetBlock(nn.Module):
             return modulate(norm(h), scale[:, :, None, None], shift[:, :, None, None])
         weight, bias = norm.weight * (1 + scale[0]), norm.bias * (1 + scale[0]) + shift[0]
         return group_norm(h, norm.num_groups, weight, bias, norm.eps)
+
+
+def _large(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x[0].numel() > CACHED_VALUES
 
 
 class Downsample(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import ssdd.layers
 from ssdd import SSDD
 from ssdd.engine.throughput import count_forward_flop
 from ssdd.flow import time_grid
@@ -31,8 +32,10 @@ CASES = [("S", (64, 64), 1), ("XS", (72, 136), 2), ("XXS", (16, 24), 3)]
 GRIDS = [(2, 2), (4, 4), (16, 16), (1, 1), (5, 7)]  # latents of 64 x 64 px, at stride 32, 16 and 4 and at no stride
 
 
+@pytest.mark.parametrize("cached_values", [0, ssdd.layers.CACHED_VALUES])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_latents_of_any_grid_equal_the_plain_form(grid):
+def test_latents_of_any_grid_equal_the_plain_form(grid, cached_values, monkeypatch):
+    monkeypatch.setattr(ssdd.layers, "CACHED_VALUES", cached_values)
     model, plain = pair("XXS", 4)
     x, z = torch.randn(2, 3, 64, 64), torch.randn(2, 4, *grid)
     expected = plain(x, 0.3, z)
@@ -41,8 +44,10 @@ def test_latents_of_any_grid_equal_the_plain_form(grid):
     assert (model.decoder(x, 0.3, z) - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("cached_values", [0, ssdd.layers.CACHED_VALUES])
 @pytest.mark.parametrize("grad", [True, False])
-def test_one_image_or_one_latent_stands_for_all_and_other_numbers_are_refused(grad):
+def test_one_image_or_one_latent_stands_for_all_and_other_numbers_are_refused(grad, cached_values, monkeypatch):
+    monkeypatch.setattr(ssdd.layers, "CACHED_VALUES", cached_values)
     model, _ = pair("XXS", 4)
     x, z, t = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 2, 2), torch.rand(2)
     with torch.set_grad_enabled(grad):
@@ -55,8 +60,10 @@ def test_one_image_or_one_latent_stands_for_all_and_other_numbers_are_refused(gr
                 model.decoder(*wrong)
 
 
+@pytest.mark.parametrize("cached_values", [0, ssdd.layers.CACHED_VALUES])
 @pytest.mark.parametrize(("size", "sides", "batch"), CASES)
-def test_the_velocity_equals_the_plain_form_with_and_without_gradients(size, sides, batch):
+def test_the_velocity_equals_the_plain_form_with_and_without_gradients(size, sides, batch, cached_values, monkeypatch):
+    monkeypatch.setattr(ssdd.layers, "CACHED_VALUES", cached_values)  # 0: all maps are treated as large ones
     model, plain = pair(size, 4)
     x, z = torch.randn(batch, 3, *sides), torch.randn(batch, 4, *(side // 8 for side in sides))
     for t in (torch.tensor(0.7), torch.rand(batch)):
