@@ -11,12 +11,11 @@ import torch
 
 from latent_cache.build import build
 from latent_cache.config import BuildConfig, adm_images
-from latent_cache.encode import Images
 from latent_cache.processes import exact_arithmetic
 from scripts.bench_table import Column, Results, bench_device, check_positive, print_head, print_machine, print_row
 from ssdd import SSDD
 from ssdd.engine.config import parse
-from ssdd.engine.images import open_source
+from ssdd.engine.images import read_split
 from ssdd.engine.pictures import from_uint8
 from ssdd.engine.training import synchronize
 
@@ -103,9 +102,7 @@ def measure(root: Path, name: str, tokenizer: SSDD, settings: Settings, device: 
         batch_size=settings.batch,
         threads=settings.threads,
     )
-    images = Images(dataset, {"train": open_source(dataset, "train")}, {"train": []})
-    numbers = torch.arange(settings.images).split(settings.batch)
-    pixels = [torch.stack([images.datasets["train"][int(i)][0] for i in part]).to(device) for part in numbers]
+    pixels = read_split(dataset, "train")[0].to(device).split(settings.batch)
     with exact_arithmetic(settings.threads), torch.no_grad():
         tokenizer.encode(from_uint8(pixels[0]))  # warm-up
         synchronize(device)

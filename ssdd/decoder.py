@@ -25,7 +25,7 @@ from ssdd.layers import (
     TimeEmbedding,
     Upsample,
 )
-from ssdd.norms import AdaLayerNorm, GroupNorm, overwritable, silu
+from ssdd.norms import AdaLayerNorm, GroupNorm, add, silu
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ class UViTDecoder(nn.Module):
         One image stands for all where there are several z, and one z where there are several images. ValueError where
         their numbers, or that of the times, do not go together.
         """
-        images, latents, times = len(x_t), len(condition.z_input), t.numel() if t.ndim else 1
+        images, latents, times = len(x_t), len(condition.z_input), t.numel()
         batch = max(images, latents)
         if not {images, latents, times} <= {1, batch}:
             raise ValueError(f"{images} images, {latents} latents and {times} times do not go together")
@@ -307,8 +307,7 @@ class UViTDecoder(nn.Module):
         x_t = x_t.to(self.conv_in.weight.dtype)
         temb = F.silu(self.time_embedding(t))
         modulations = iter(condition.modulations)
-        h = F.conv2d(x_t, self.conv_in.weight[:, :3], padding=1)
-        h = h.add_(condition.z_input) if overwritable() else h + condition.z_input
+        h = add(F.conv2d(x_t, self.conv_in.weight[:, :3], padding=1), condition.z_input)
         skips = [h]
         for block in self.down_blocks:
             for resnet in block.resnets:

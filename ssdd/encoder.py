@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssdd.engine.recompute import run_block
-from ssdd.norms import GroupNorm, overwritable, silu
+from ssdd.norms import GroupNorm, add, silu
 
 ENCODER_NAME = re.compile(r"f(\d+)c(\d+)")
 
@@ -50,7 +50,7 @@ class EncoderBlock(nn.Module):
         h = self.conv1(silu(self.norm1(x)))
         h = self.conv2(silu(self.norm2(h)))
         x = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return h.add_(x) if overwritable() else h + x
+        return add(h, x)
 
 
 class EncoderAttention(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssdd.norms import (
     AdaGroupNorm,
     GroupNorm,
+    add,
     affine,
     affine_of_group_norm,
     group_norm,
@@ -68,7 +69,7 @@ class ResnetBlock(nn.Module):
         h = self.conv1(silu(self.norm1(x, modulation)))
         h = self.conv2(silu(self._norm2_at(h, temb)))
         x = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
-        return h.add_(x) if overwritable() else h + x
+        return add(h, x)
 
     def _overwriting(self, x: Tensor, temb: Tensor, modulation: Tensor, skip: Tensor | None) -> Tensor:
         """`forward` in few passes and few new buffers, which is what large maps on a CPU need.

@@ -24,6 +24,11 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=overwritable())
 
 
+def add(x: Tensor, other: Tensor) -> Tensor:
+    """x + other of a fresh activation x, which it may overwrite."""
+    return x.add_(other) if overwritable() else x + other
+
+
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x (1 + scale) + shift of a fresh activation, as `affine`."""
     return affine(x, 1 + scale, shift, x if overwritable() else None)

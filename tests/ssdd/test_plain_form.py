@@ -115,7 +115,7 @@ def test_what_depends_on_z_alone_is_computed_once_a_decode(steps):
         if isinstance(module, nn.Conv2d | nn.Linear | nn.SiLU) or name.endswith("relative_position_bias"):
             module.register_forward_hook(lambda *_, name=name: calls.update([name]))
     model.decode(torch.randn(1, 4, 2, 2), steps=steps, noise=torch.randn(1, 3, 16, 16))
-    of_z = {name for name in calls if "ada_ctx_proj" in name or "ctx_proj" in name or "relative_position" in name}
+    of_z = {name for name in calls if "ctx_proj" in name or "relative_position" in name}
     of_z |= {name for name in calls if "norm1.linear" in name}
     assert {calls[name] for name in of_z} == {1}
     assert {calls[name] for name in calls if name not in of_z} == {steps}
