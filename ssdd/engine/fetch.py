@@ -127,11 +127,17 @@ class RemoteFolder:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock on an existing file or folder, against other processes and threads."""
+    """Hold the lock on an existing file or folder, against other processes and threads.
+
+    It ends with the block, also for a process forked inside it by another thread.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # closing alone would leave the lock to a process that has inherited the descriptor
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 

@@ -201,7 +201,9 @@ def test_a_state_from_before_the_first_batch_begins_with_any_seed(means):
 
 def test_worker_processes_read_the_same(means):
     cache = LatentDataset(means)
-    loader = torch.utils.data.DataLoader(cache, batch_size=30, num_workers=1, multiprocessing_context="fork")
+    loader = torch.utils.data.DataLoader(
+        cache, batch_size=30, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
     latents = torch.cat([latents for latents, _ in loader])
     assert torch.equal(latents, cache.gather(range(60))[0])
 
