@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +15,10 @@ from dit.model import NAMES, DiT
 from dit.networks import build_objective, loss_weights
 from dit.objective import step_draws
 from scripts.bench_ceilings import CALLS
+from scripts.bench_processes import Work, measure_in_turn
 from scripts.bench_table import (
     DTYPES,
+    MEMORY,
     PARAMETERS,
     RATE,
     SECONDS,
@@ -36,26 +37,27 @@ from scripts.bench_table import (
 from ssdd.engine.config import parse
 from ssdd.engine.optim import build_optimizer
 from ssdd.engine.throughput import count_flop, peak_flops
-from ssdd.engine.training import synchronize
 from ssdd.objective import weighted_sum
 
 CHANNELS, CLASSES, SIDE = 4, 1000, 32
-WARM_UP = 2  # steps: kernels are compiled and chosen, the optimizer's state is made
+OURS, DIFFUSERS = "ours", "diffusers"
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # as the trainer's MFU calls them
 COLUMNS = (
     Column("model", "model", 9),
     Column("network", "network", 10),
     PARAMETERS,
-    Column("GFLOP/step", "gflop", 11, 1),
+    Column("GFLOP/image", "gflop", 11, 1),
     *SECONDS,
     RATE,
+    MEMORY,
     Column("MFU %", "mfu", 7, 1, 100),
 )
 
 
 @dataclass
 class Settings:
-    """Forward, velocity loss, backward and AdamW as `task=train` makes them, on latents of 4 x 32 x 32."""
+    """Forward, velocity loss, backward and AdamW as `task=train` makes them, on latents of 4 x 32 x 32; each network
+    in a process of its own."""
 
     model: list[str] = field(default_factory=lambda: ["DiT-S/2", "DiT-B/2"], metadata={"choices": NAMES})
     """Sizes, one table row each."""
@@ -114,7 +116,7 @@ def dit(argv: list[str]) -> int:
         print(f"\n{dtype}, {form(compiled)}")
         print_head(COLUMNS)
         for name in settings.model:
-            rows = measure(name, settings, dtype, compiled, device, peaks[dtype])
+            rows = measure(name, settings, dtype, compiled, peaks[dtype])
             for row in rows:
                 print_row(COLUMNS, row)
             print(f"{name:9s} {rows[0]['ratio']:.3f} times the rate of diffusers'", flush=True)
@@ -123,58 +125,48 @@ def dit(argv: list[str]) -> int:
     return 0
 
 
-def measure(
-    name: str, settings: Settings, dtype: str, compiled: bool, device: torch.device, peak: float | None
-) -> list[dict[str, Any]]:
+def measure(name: str, settings: Settings, dtype: str, compiled: bool, peak: float | None) -> list[dict[str, Any]]:
     """A row for each network. `ratio`: to diffusers', the median over rounds."""
-    torch.manual_seed(0)
-    ours = DiT.from_name(name, SIDE, CHANNELS, CLASSES, learn_sigma=False)
-    prepared = {"ours": ours, "diffusers": Diffusers(ours)}
-    steps = {whose: Step(network, settings.batch, dtype, compiled, device) for whose, network in prepared.items()}
-    seconds: dict[str, list[float]] = {whose: [] for whose in steps}
-    for number in range(WARM_UP + settings.rounds):
-        for whose, step in steps.items():
-            synchronize(device)
-            began = time.perf_counter()
-            step()
-            synchronize(device)
-            seconds[whose] += [time.perf_counter() - began] * (number >= WARM_UP)
+    shared = {"model": name, "dtype": dtype, "compile": compiled, "batch": settings.batch}
+    jobs = [{"module": "bench_dit", "network": network, **shared} for network in (OURS, DIFFUSERS)]
+    found = measure_in_turn(jobs, settings.rounds)
+    theirs = found[1]["stages"]["step"]
     rows = []
-    for whose, step in steps.items():
-        row = {"model": name, "network": whose, "dtype": dtype, "compile": compiled, "batch": settings.batch}
-        row |= {"parameters": step.parameters, "gflop": step.flop / 1e9} | rates(seconds[whose], settings.batch)
-        row["mfu"] = None if peak is None else step.flop / row["median"] / peak
-        row["ratio"] = ratio(seconds["diffusers"], seconds[whose])
-        rows.append(row)
+    for job, one in zip(jobs, found, strict=True):
+        seconds = one["stages"]["step"]
+        row = {"network": job["network"], **shared, "parameters": one["parameters"], "gflop": one["flop"] / 1e9}
+        row |= rates(seconds, settings.batch) | {"peak_memory_bytes": one["peak_memory_bytes"]}
+        row["mfu"] = None if peak is None else settings.batch * one["flop"] / row["median"] / peak
+        rows.append(row | {"ratio": ratio(theirs, seconds)})
     return rows
 
 
-class Step:
-    """One training step of a network, always on the same latents, with the objective and optimizer of the trainer."""
+def prepare(job: dict[str, Any], device: torch.device) -> Work:
+    """Training steps of one network, always on the same latents, with the objective and optimizer of the trainer."""
+    torch.manual_seed(0)
+    network: nn.Module = DiT.from_name(job["model"], SIDE, CHANNELS, CLASSES, learn_sigma=False)
+    if job["network"] == DIFFUSERS:
+        network = Diffusers(network)
+    cfg, dtype = DiTConfig(), DTYPES[job["dtype"]]
+    objective = build_objective(cfg, network).to(device).train(network.training)
+    weights = loss_weights(cfg)
+    shape = (job["batch"], CHANNELS, SIDE, SIDE)
+    latents, labels = torch.randn(shape, device=device), torch.randint(CLASSES, shape[:1], device=device)
+    draws = step_draws(cfg, 0, shape, device)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = [{"params": trained, "weight_decay": cfg.training.weight_decay}]
+    optimizer = build_optimizer("adamw", groups, cfg.training.lr, (0.9, cfg.training.beta2))
 
-    def __init__(self, network: nn.Module, batch: int, dtype: str, compiled: bool, device: torch.device) -> None:
-        cfg = DiTConfig()
-        self.objective = build_objective(cfg, network).to(device).train(network.training)
-        self.weights, self.dtype, self.device = loss_weights(cfg), DTYPES[dtype], device
-        shape = (batch, CHANNELS, SIDE, SIDE)
-        self.given = (
-            torch.randn(shape, device=device),
-            torch.randint(CLASSES, shape[:1], device=device),
-            step_draws(cfg, 0, shape, device),
-        )
-        trained = [p for p in network.parameters() if p.requires_grad]
-        groups = [{"params": trained, "weight_decay": cfg.training.weight_decay}]
-        self.optimizer = build_optimizer("adamw", groups, cfg.training.lr, (0.9, cfg.training.beta2))
-        self.parameters = sum(p.numel() for p in trained)
-        self.flop = count_flop(self.loss, trained)
-        if compiled:
-            network.compile()
+    def loss() -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return weighted_sum(objective(latents, labels, draws), weights)
 
-    def loss(self) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return weighted_sum(self.objective(*self.given), self.weights)
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    def __call__(self) -> None:
-        self.loss().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    flop = count_flop(loss, trained) / job["batch"]
+    if job["compile"]:
+        network.compile()
+    return Work({"step": step}, sum(p.numel() for p in trained), flop)

@@ -85,7 +85,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What figures of a run depend on besides its settings."""
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     threads = torch.get_num_threads()
-    return {"device": device.type, "place": place, "threads": threads, "torch": torch.__version__}
+    found = {"device": device.type, "place": place, "threads": threads, "torch": torch.__version__}
+    return found | {"float32_matmul_precision": torch.get_float32_matmul_precision()}  # "high" is TF32 on CUDA
 
 
 def print_machine(device: torch.device) -> None:

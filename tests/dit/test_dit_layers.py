@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from dit.config import DiTConfig
-from dit.layers import Attention, DiTBlock, RotaryEmbedding, SwiGLU, resize_positions, sincos_position_table
+from dit.layers import (
+    Attention,
+    DiTBlock,
+    RotaryEmbedding,
+    SwiGLU,
+    gelu,
+    resize_positions,
+    sincos_position_table,
+)
 from dit.model import SIZES, DiT
 from dit.train import run as train
 from ssdd.engine.config import parse
@@ -61,6 +69,22 @@ def test_rotary_scores_depend_on_the_relative_offset_only():
     shifted = scores[2:, 3:, 2:, 3:]  # both tokens moved by (2, 3)
     torch.testing.assert_close(shifted, scores[:-2, :-3, :-2, :-3], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(scores[0, 0, 1, 0], scores[0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_as_compiled_is_the_tanh_approximation_with_its_gradient(dtype):
+    wide = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e6, -60.0, 60.0, 1e6])]).to(dtype)
+    forms = {form: wide.clone().requires_grad_() for form in ("compiled", "exact")}
+    given = torch.randn(len(wide), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = torch.compile(gelu, backend="eager", fullgraph=True)(forms["compiled"])
+    exact = F.gelu(forms["exact"].double(), approximate="tanh")
+    found.backward(given)
+    exact.backward(given.double())
+    assert not torch.equal(found, F.gelu(wide, approximate="tanh"))  # the other form
+    roundings = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), exact, rtol=roundings, atol=roundings)
+    theirs = forms["exact"].grad.double()
+    torch.testing.assert_close(forms["compiled"].grad.double(), theirs, rtol=2 * roundings, atol=4 * roundings)
 
 
 def test_swiglu_is_its_equation_with_lightningdit_s_width():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import statistics
@@ -14,39 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import bench_pipeline, bench_processes, bench_tokenizer, bench_tokenizer_job
+from scripts import bench_pipeline, bench_tokenizer_job
 from scripts.bench import main
 from scripts.bench_ceilings import ceilings
 from scripts.bench_networks import LATENTS, PEERS, build, decoding, encoding, fill_zeros
-from scripts.bench_processes import Work, measure_in_turn
+from scripts.bench_processes import measure_in_turn
 from ssdd import SSDD
 from ssdd.engine.errors import UserError
 from ssdd.engine.throughput import count_forward_flop
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 XXS_DECODER = 1_415_271
 XS_DECODER = 4_996_611
 LAYOUTS = ("contiguous", "channels_last")
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Children's work done here, one job after another: importing torch and diffusers anew takes seconds."""
-
-    def measure(jobs, rounds):
-        found = []
-        for job in jobs:
-            work: Work = importlib.import_module(f"scripts.{job['module']}").prepare(job, CPU)
-            times = [bench_processes._seconds(work, CPU) for _ in range(rounds)]
-            stages = {stage: [one[stage] for one in times] for stage in work.stages}
-            found.append({"parameters": work.parameters, "flop": work.flop, "stages": stages, "peak_memory_bytes": 1})
-        return found
-
-    monkeypatch.setattr(bench_tokenizer, "measure_in_turn", measure)
-    monkeypatch.setattr(bench_pipeline, "measure_in_turn", measure)
-    found = {"matmul": 1e11, "conv": 2e11, "thin_conv": 1e11}
-    monkeypatch.setattr(bench_tokenizer, "measure_ceilings", lambda device, dtypes: dict.fromkeys(dtypes, found))
 
 
 def results(text: str) -> dict:

@@ -8,38 +8,43 @@ import pytest
 import torch
 
 from dit.model import DiT
+from scripts import bench_dit
 from scripts.bench import main
-from scripts.bench_dit import Diffusers, Step
 
 
-def test_the_comparison_prints_a_table_for_each_dtype_and_one_line_of_json(capsys, tmp_path):
+def test_the_comparison_prints_a_table_for_each_dtype_and_one_line_of_json(capsys, tmp_path, in_process):
     file = tmp_path / "speed.json"
-    wanted = ["model=DiT-XXS/8", "batch=1", "rounds=1", "dtype=[float32,bfloat16]", f"json={file}"]
+    wanted = ["model=DiT-XXS/8", "batch=2", "rounds=1", "dtype=[float32,bfloat16]", f"json={file}"]
     assert main(["dit", *wanted]) == 0
     *table, line = capsys.readouterr().out.splitlines()
     result = json.loads(line)
     assert result == json.loads(file.read_text())
     assert [(row["dtype"], row["compile"], row["batch"]) for row in result["rows"][::2]] == [
-        ("float32", False, 1),
-        ("bfloat16", False, 1),
+        ("float32", False, 2),
+        ("bfloat16", False, 2),
     ]
     expected = DiT.from_name("DiT-XXS/8", learn_sigma=False)
     for ours, theirs in (result["rows"][:2], result["rows"][2:]):
         assert (ours["network"], theirs["network"], theirs["ratio"]) == ("ours", "diffusers", 1.0)
         assert ours["ratio"] == pytest.approx(theirs["median"] / ours["median"])
-        assert ours["images_per_s"] == pytest.approx(1 / ours["median"])
+        assert ours["images_per_s"] == pytest.approx(2 / ours["median"])
         assert ours["parameters"] == sum(p.numel() for p in expected.parameters() if p.requires_grad)
         assert ours["gflop"] == pytest.approx(theirs["gflop"], rel=0.1)
-        assert ours["mfu"] == pytest.approx(ours["gflop"] * 1e9 / ours["median"] / result["peak_flops"][ours["dtype"]])
+        flop = 2e9 * ours["gflop"]
+        assert ours["mfu"] == pytest.approx(flop / ours["median"] / result["peak_flops"][ours["dtype"]])
     rows = [row.split()[:2] for row in table if row.startswith("DiT-XXS/8")]
     assert [row[0] for row in rows] == ["DiT-XXS/8"] * 6
     assert [row[1] for row in rows if row[1] in ("ours", "diffusers")] == ["ours", "diffusers"] * 2
 
 
-def test_diffusers_network_does_not_drop_labels_a_second_time():
-    network = Diffusers(DiT.from_name("DiT-XXS/8", learn_sigma=False))
-    Step(network, 1, "float32", False, torch.device("cpu"))
-    assert not any(module.training for module in network.modules())
+def test_diffusers_network_does_not_drop_labels_a_second_time(monkeypatch):
+    networks, build = [], bench_dit.build_objective
+    monkeypatch.setattr(
+        bench_dit, "build_objective", lambda cfg, network: build(cfg, networks.append(network) or network)
+    )
+    job = {"model": "DiT-XXS/8", "network": "diffusers", "dtype": "float32", "compile": False, "batch": 1}
+    bench_dit.prepare(job, torch.device("cpu")).stages["step"]()
+    assert not any(module.training for module in networks[0].modules())
 
 
 def test_a_wrong_setting_is_one_line_of_error(capsys):
