@@ -207,7 +207,8 @@ def put(temporary: Path, final: Path) -> None:
 
 
 class FolderLock:
-    """Keeps two builds out of one folder; the system lets go of it when a process ends, however it ends."""
+    """Keeps two builds out of one folder; the system lets go of it when a build and the processes that read its images
+    end, however they end."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -222,6 +223,7 @@ class FolderLock:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._lock(fcntl.LOCK_UN)
         os.close(self._descriptor)
 
     def claim(self) -> None:

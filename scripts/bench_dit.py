@@ -15,6 +15,7 @@ from dit.model import NAMES, DiT
 from dit.networks import build_objective, loss_weights
 from dit.objective import step_draws
 from scripts.bench_ceilings import CALLS
+from scripts.bench_networks import diffusers_package
 from scripts.bench_processes import Work, measure_in_turn
 from scripts.bench_table import (
     DTYPES,
@@ -35,6 +36,7 @@ from scripts.bench_table import (
     ratio,
 )
 from ssdd.engine.config import parse
+from ssdd.engine.errors import UserError
 from ssdd.engine.optim import build_optimizer
 from ssdd.engine.throughput import count_flop, peak_flops
 from ssdd.objective import weighted_sum
@@ -68,7 +70,7 @@ class Settings:
     batch: int = 16
     """Latents a step."""
     rounds: int = 5
-    """Steps of each network that count; they alternate, so that what else the machine does hits both alike."""
+    """Rounds that count; networks alternate, so that what else the machine does hits both alike."""
     json: str | None = None
     """File for the results."""
 
@@ -143,6 +145,8 @@ def measure(name: str, settings: Settings, dtype: str, compiled: bool, peak: flo
 
 def prepare(job: dict[str, Any], device: torch.device) -> Work:
     """Training steps of one network, always on the same latents, with the objective and optimizer of the trainer."""
+    if diffusers_package() is None:
+        raise UserError("bench dit compares with diffusers, which is not installed: pip install diffusers")
     torch.manual_seed(0)
     network: nn.Module = DiT.from_name(job["model"], SIDE, CHANNELS, CLASSES, learn_sigma=False)
     if job["network"] == DIFFUSERS:
@@ -157,16 +161,17 @@ def prepare(job: dict[str, Any], device: torch.device) -> Work:
     groups = [{"params": trained, "weight_decay": cfg.training.weight_decay}]
     optimizer = build_optimizer("adamw", groups, cfg.training.lr, (0.9, cfg.training.beta2))
 
-    def loss() -> Tensor:
+    def loss(images: int) -> Tensor:
+        part = slice(images)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return weighted_sum(objective(latents, labels, draws), weights)
+            return weighted_sum(objective(latents[part], labels[part], draws.rows(part)), weights)
 
     def step() -> None:
-        loss().backward()
+        loss(job["batch"]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    flop = count_flop(loss, trained) / job["batch"]
+    flop = count_flop(lambda: loss(1), trained)
     if job["compile"]:
         network.compile()
     return Work({"step": step}, sum(p.numel() for p in trained), flop)

@@ -52,7 +52,7 @@ def build(name: str, encoder: str, dtype: str, channels_last: bool, device: torc
     channels_last is for the peers; ours lays itself out.
     """
     torch.manual_seed(0)
-    diffusers = _diffusers()
+    diffusers = diffusers_package()
     if name in PEERS:
         if diffusers is None:
             raise UserError("the peers come from diffusers, which is not installed: pip install diffusers")
@@ -68,7 +68,7 @@ def build(name: str, encoder: str, dtype: str, channels_last: bool, device: torc
     return network.eval().to(device, DTYPES[dtype]), stride, channels
 
 
-def _diffusers() -> ModuleType | None:
+def diffusers_package() -> ModuleType | None:
     """For our networks, too, where it is installed: what the import takes is part of every peak of memory."""
     try:
         import diffusers

@@ -68,7 +68,7 @@ class Settings:
     steps: list[int] = field(default_factory=lambda: [1])
     """Steps of our decoders in task=decode, a row for each."""
     rounds: int = 5
-    """Calls of each network that count; they alternate, so that what else the machine does hits all alike."""
+    """Rounds that count; networks alternate, so that what else the machine does hits all alike."""
     json: str | None = None
     """File for the results."""
 

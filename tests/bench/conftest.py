@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ def in_process(monkeypatch):
     def measure(jobs, rounds):
         found = []
         for job in jobs:
-            work: bench_processes.Work = importlib.import_module(f"scripts.{job['module']}").prepare(job, CPU)
+            module = importlib.import_module(f"scripts.{job['module']}")
+            work: bench_processes.Work = module.prepare(json.loads(json.dumps(job)), CPU)
             times = [bench_processes._seconds(work, CPU) for _ in range(rounds)]
             stages = {stage: [one[stage] for one in times] for stage in work.stages}
             found.append({"parameters": work.parameters, "flop": work.flop, "stages": stages, "peak_memory_bytes": 1})

@@ -37,13 +37,25 @@ def test_the_comparison_prints_a_table_for_each_dtype_and_one_line_of_json(capsy
     assert [row[1] for row in rows if row[1] in ("ours", "diffusers")] == ["ours", "diffusers"] * 2
 
 
+JOB = {"model": "DiT-XXS/8", "dtype": "float32", "compile": False, "batch": 1}
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("network", ["ours", "diffusers"])
+def test_flop_are_those_of_one_image_whatever_the_batch(network):
+    one, two = (bench_dit.prepare(JOB | {"network": network, "batch": batch}, CPU).flop for batch in (1, 2))
+    assert one == two > 0
+
+
 def test_diffusers_network_does_not_drop_labels_a_second_time(monkeypatch):
     networks, build = [], bench_dit.build_objective
-    monkeypatch.setattr(
-        bench_dit, "build_objective", lambda cfg, network: build(cfg, networks.append(network) or network)
-    )
-    job = {"model": "DiT-XXS/8", "network": "diffusers", "dtype": "float32", "compile": False, "batch": 1}
-    bench_dit.prepare(job, torch.device("cpu")).stages["step"]()
+
+    def recorded(cfg, network):
+        networks.append(network)
+        return build(cfg, network)
+
+    monkeypatch.setattr(bench_dit, "build_objective", recorded)
+    bench_dit.prepare(JOB | {"network": "diffusers"}, CPU).stages["step"]()
     assert not any(module.training for module in networks[0].modules())
 
 

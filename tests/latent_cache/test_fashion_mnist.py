@@ -50,7 +50,7 @@ def start(tokenizer: Path, out: Path, world: int = 1) -> subprocess.Popen:
 
 
 def ended(build: subprocess.Popen) -> None:
-    _, printed = build.communicate(timeout=3600)
+    _, printed = build.communicate(timeout=1500)
     assert build.returncode == 0, printed
 
 

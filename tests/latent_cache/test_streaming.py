@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import fsspec
@@ -166,30 +165,6 @@ def test_workers_share_an_epoch(means, tmp_path):
     assert sorted(indices.tolist()) == list(range(60))
     expected, classes = LatentDataset(means).gather(indices)
     assert torch.equal(latents, expected) and torch.equal(labels, classes)
-
-
-def test_workers_that_are_forked_during_a_download_do_not_keep_its_lock(means, tmp_path, monkeypatch):
-    parent, download = os.getpid(), RemoteFolder.download
-    downloading, forked = threading.Event(), threading.Event()
-
-    def held_until_the_fork(*arguments):
-        if os.getpid() == parent:
-            downloading.set()
-            assert forked.wait(60)
-        download(*arguments)
-
-    monkeypatch.setattr(RemoteFolder, "download", held_until_the_fork)
-    stream = StreamingLatents(str(means), cache_dir=tmp_path)
-    ahead = threading.Thread(target=lambda: next(stream.batches(4, start_step=0)))
-    ahead.start()
-    assert downloading.wait(60)
-    loader = torch.utils.data.DataLoader(
-        stream, batch_size=10, num_workers=2, multiprocessing_context="fork", timeout=60
-    )
-    batches = iter(loader)
-    forked.set()
-    ahead.join(60)
-    assert sorted(torch.cat([indices for _, _, indices in batches]).tolist()) == list(range(60))
 
 
 def test_a_bounded_copy_stays_within_its_bytes_and_gives_the_same(means, tmp_path):
