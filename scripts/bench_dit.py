@@ -15,7 +15,7 @@ from dit.model import NAMES, DiT
 from dit.networks import build_objective, loss_weights
 from dit.objective import step_draws
 from scripts.bench_ceilings import CALLS
-from scripts.bench_networks import diffusers_package
+from scripts.bench_networks import import_diffusers
 from scripts.bench_processes import Work, measure_in_turn
 from scripts.bench_table import (
     DTYPES,
@@ -36,7 +36,6 @@ from scripts.bench_table import (
     ratio,
 )
 from ssdd.engine.config import parse
-from ssdd.engine.errors import UserError
 from ssdd.engine.optim import build_optimizer
 from ssdd.engine.throughput import count_flop, peak_flops
 from ssdd.objective import weighted_sum
@@ -145,8 +144,7 @@ def measure(name: str, settings: Settings, dtype: str, compiled: bool, peak: flo
 
 def prepare(job: dict[str, Any], device: torch.device) -> Work:
     """Training steps of one network, always on the same latents, with the objective and optimizer of the trainer."""
-    if diffusers_package() is None:
-        raise UserError("bench dit compares with diffusers, which is not installed: pip install diffusers")
+    import_diffusers(required=True)
     torch.manual_seed(0)
     network: nn.Module = DiT.from_name(job["model"], SIDE, CHANNELS, CLASSES, learn_sigma=False)
     if job["network"] == DIFFUSERS:

@@ -52,10 +52,8 @@ def build(name: str, encoder: str, dtype: str, channels_last: bool, device: torc
     channels_last is for the peers; ours lays itself out.
     """
     torch.manual_seed(0)
-    diffusers = diffusers_package()
+    diffusers = import_diffusers(required=name in PEERS)
     if name in PEERS:
-        if diffusers is None:
-            raise UserError("the peers come from diffusers, which is not installed: pip install diffusers")
         diffusers.logging.set_verbosity_error()  # it warns of every change of type
         network = getattr(diffusers, name)(**PEERS[name])
         stride, channels = LATENTS[name]
@@ -68,11 +66,16 @@ def build(name: str, encoder: str, dtype: str, channels_last: bool, device: torc
     return network.eval().to(device, DTYPES[dtype]), stride, channels
 
 
-def diffusers_package() -> ModuleType | None:
-    """For our networks, too, where it is installed: what the import takes is part of every peak of memory."""
+def import_diffusers(required: bool) -> ModuleType | None:
+    """For our networks, too, where it is installed: what the import takes is part of every peak of memory.
+
+    UserError where it is required and missing.
+    """
     try:
         import diffusers
     except ImportError:
+        if required:
+            raise UserError("the peers come from diffusers, which is not installed: pip install diffusers") from None
         return None
     return diffusers
 

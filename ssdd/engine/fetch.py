@@ -151,9 +151,11 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor in _held:  # not in a process forked inside the block
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # at once, though a process that is being forked has it still open
-            _held.remove(descriptor)
-            os.close(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # at once: a process that is being forked has it still open
+            finally:
+                _held.remove(descriptor)
+                os.close(descriptor)
 
 
 def cache_folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch
 from dit.model import DiT
 from scripts import bench_dit
 from scripts.bench import main
+
+JOB = {"model": "DiT-XXS/8", "dtype": "float32", "compile": False, "batch": 1}
+CPU = torch.device("cpu")
 
 
 def test_the_comparison_prints_a_table_for_each_dtype_and_one_line_of_json(capsys, tmp_path, in_process):
@@ -37,10 +41,6 @@ def test_the_comparison_prints_a_table_for_each_dtype_and_one_line_of_json(capsy
     assert [row[1] for row in rows if row[1] in ("ours", "diffusers")] == ["ours", "diffusers"] * 2
 
 
-JOB = {"model": "DiT-XXS/8", "dtype": "float32", "compile": False, "batch": 1}
-CPU = torch.device("cpu")
-
-
 @pytest.mark.parametrize("network", ["ours", "diffusers"])
 def test_flop_are_those_of_one_image_whatever_the_batch(network):
     one, two = (bench_dit.prepare(JOB | {"network": network, "batch": batch}, CPU).flop for batch in (1, 2))
@@ -57,6 +57,12 @@ def test_diffusers_network_does_not_drop_labels_a_second_time(monkeypatch):
     monkeypatch.setattr(bench_dit, "build_objective", recorded)
     bench_dit.prepare(JOB | {"network": "diffusers"}, CPU).stages["step"]()
     assert not any(module.training for module in networks[0].modules())
+
+
+def test_without_diffusers_there_is_nothing_to_compare_with(capsys, monkeypatch, in_process):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert main(["dit", "model=DiT-XXS/8", "batch=1", "rounds=1"]) == 2
+    assert "pip install diffusers" in capsys.readouterr().err
 
 
 def test_a_wrong_setting_is_one_line_of_error(capsys):

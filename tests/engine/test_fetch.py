@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -59,6 +60,18 @@ def test_a_lock_keeps_others_out_until_its_block_ends_however_it_ends(file):
         assert not is_free(file)
         raise ValueError("inside")
     assert is_free(file)
+
+
+def test_where_files_have_no_locks_nothing_stays_open(file, monkeypatch):
+    def refuse(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    closed, close = [], os.close
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(os, "close", lambda descriptor: (closed.append(descriptor), close(descriptor)))
+    with pytest.raises(OSError, match="No locks available"), locked(file):
+        pass
+    assert len(closed) == 1
 
 
 def test_a_process_forked_inside_the_block_neither_holds_the_lock_nor_ends_it(file):
