@@ -135,7 +135,8 @@ class TrainingConfig:
     grad_checkpoint: bool = False
     """Compute activations of the blocks again in the backward pass: less memory, about a third more work."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
-    """Autocast; auto is bf16 where the device computes in it natively, else float32. Weights stay float32."""
+    """Autocast; auto is what SSDD_PRECISION says, else bf16 where the device computes in it natively, else no. Weights
+    stay float32."""
     compile: bool = False
     """torch.compile the network."""
     fsdp: bool = False
@@ -188,8 +189,8 @@ class SamplingConfig:
     """Scale of autoguidance. Its correction and that of classifier-free guidance add; for it alone set cfg_scale=1."""
     batch_size: int = 256
     """Samples drawn together and kept as one chunk, which is what an interrupted run does not repeat."""
-    mixed_precision: str = field(default="no", metadata={"choices": PRECISIONS})
-    """Autocast of the network; the solver's state stays float32."""
+    mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
+    """Autocast of the network; auto is no unless SSDD_PRECISION says otherwise. The solver's state stays float32."""
     compile: bool = False
     """torch.compile the network for its fixed shapes: one with guidance and one without."""
 
@@ -235,6 +236,8 @@ class EvaluationConfig:
     """Add samples of one Gaussian a class in a PCA space of this many numbers; null adds no such row."""
     batch_size: int = 64
     """Images decoded together and kept as one chunk, which is what an interrupted evaluation repeats."""
+    mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
+    """Autocast of the decoders, where auto is no unless SSDD_PRECISION says otherwise; features are float32."""
     resamples: int = 200
     """Bootstrap resamples of the KID intervals."""
 

@@ -27,6 +27,7 @@ from ssdd.engine.files import read_json, sha256_file
 from ssdd.engine.images import ImageDataset
 from ssdd.engine.noise import indexed_noise
 from ssdd.engine.pictures import from_uint8, to_uint8
+from ssdd.engine.precision import Precision
 from ssdd.engine.training import synchronize
 from ssdd.foreign import KLEncoder
 from ssdd.latent import LatentNorm
@@ -125,6 +126,7 @@ class HeldOutLatents:
             "im_size": dataset.cfg.im_size,
             "z_stats": norm.to_dict(),
             "batch_size": measuring.batch_size,
+            "precision": measuring.precision.name,
             "count": len(dataset),
         }
         self.chunks = Chunks(folder, self.request, len(dataset), measuring.batch_size)
@@ -135,18 +137,19 @@ class HeldOutLatents:
     @torch.no_grad()
     def encode(self) -> None:
         """Encode what is missing; returns when all is there."""
-        accelerator = self.measuring.accelerator
-        if accelerator.is_main_process:
+        processes = self.measuring.processes
+        if processes.is_main:
             self.chunks.prepare()
-        accelerator.wait_for_everyone()
-        for chunk in self.chunks.missing(accelerator.process_index, accelerator.num_processes):
+        processes.wait()
+        for chunk in self.chunks.missing(processes.rank, processes.world):
             pixels, _, indices = zip(*(self.dataset[i] for i in chunk), strict=True)
             began = time.perf_counter()
-            x = from_uint8(torch.stack(pixels).to(accelerator.device))
-            z_n = self.norm.normalise(self.tokenizer.encode(x).mode()).cpu()
+            x = from_uint8(torch.stack(pixels).to(processes.device))
+            with self.measuring.precision.autocast():
+                z_n = self.norm.normalise(self.tokenizer.encode(x).mode()).cpu()
             tensors = {"z_n": z_n, "indices": torch.tensor(indices)}
             self.chunks.save(chunk, tensors, time.perf_counter() - began)
-        accelerator.wait_for_everyone()
+        processes.wait()
 
     def rows(self, indices: range) -> tuple[Tensor, Tensor]:
         tensors = self.chunks.load(indices)
@@ -163,18 +166,20 @@ def with_noise(rows: Rows, deviation: float, seed: int) -> Rows:
     return rows if deviation == 0 else noisy
 
 
-def decoded(row: Row, rows: Rows, norm: LatentNorm, seed: int, device: torch.device) -> Callable[[range], Images]:
+def decoded(row: Row, rows: Rows, norm: LatentNorm, seed: int, precision: Precision) -> Callable[[range], Images]:
     """What a decoder makes of latents; only its own time is counted."""
 
     @torch.no_grad()
     def make(indices: range) -> Images:
         z_n, images = rows(indices)
+        device = precision.device
         z = norm.denormalise(z_n.to(device))
         shape = (3, z.shape[-2] * row.tokenizer.f, z.shape[-1] * row.tokenizer.f)
         noise = None if row.tokenizer.deterministic else indexed_noise(images, shape, seed, "decoder").to(device)
         synchronize(device)
         began = time.perf_counter()
-        pixels = to_uint8(row.tokenizer.decode(z, steps=row.steps, noise=noise))
+        with precision.autocast():
+            pixels = to_uint8(row.tokenizer.decode(z, steps=row.steps, noise=noise))
         synchronize(device)
         return Images(pixels, images, time.perf_counter() - began)
 

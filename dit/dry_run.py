@@ -10,9 +10,11 @@ from dit.config import DiTConfig
 from dit.networks import build_averages, build_network, build_objective, flop_per_latent, loss_weights, open_cache
 from dit.objective import step_draws
 from ssdd.engine.optim import build_optimizer
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
 from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.throughput import seconds_a_call
-from ssdd.engine.training import open_accelerator, peak_memory, rows_a_process
+from ssdd.engine.training import choose_kernels, peak_memory, rows_a_process
 from ssdd.objective import weighted_sum
 
 
@@ -23,13 +25,15 @@ def dry_run(cfg: DiTConfig) -> dict[str, Any]:
     """
     training = cfg.training
     cache = open_cache(cfg)
-    accelerator = open_accelerator(training.mixed_precision, deterministic=False)
-    device, world = accelerator.device, accelerator.num_processes
+    processes = Processes.join()
+    device, world = processes.device, processes.world
+    precision = Precision.resolve(training.mixed_precision, device)
+    choose_kernels(deterministic=False)
     parts = training.accumulate
     rows = rows_a_process("training.batch_size", training.batch_size, world, parts) // parts
     network = build_network(cfg, cache).to(device)
     objective = build_objective(cfg, network).to(device)
-    flop = flop_per_latent(cfg, objective, cache, accelerator)
+    flop = flop_per_latent(cfg, objective, cache, precision)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = build_optimizer("adamw", [{"params": trained}], training.lr, (0.9, training.beta2))
     averages, weights = build_averages(cfg, dict(network.named_parameters())), loss_weights(cfg)
@@ -43,9 +47,9 @@ def dry_run(cfg: DiTConfig) -> dict[str, Any]:
     images = None if objective.repa is None else torch.zeros(rows, 3, side, side, device=device)
 
     def part() -> None:
-        with accelerator.autocast():
+        with precision.autocast():
             loss = weighted_sum(objective(z, y, draws, images), weights)
-        accelerator.backward(loss)
+        loss.backward()
 
     def update() -> None:
         optimizer.step()
@@ -59,9 +63,10 @@ def dry_run(cfg: DiTConfig) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(device),
         "seconds_a_step": step_seconds,
         "steps": training.steps,
+        "precision": precision.record(),
         "hours": training.steps * step_seconds / 3600,
     }
-    if accelerator.is_main_process:
+    if processes.is_main:
         print(f"parameters: {result['parameters'] / 1e6:.2f} M, latents {' x '.join(map(str, cache.latent_shape))}")
         print(f"GFLOP a training latent: {result['gflop_latent']:.2f}")
         print(f"memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB for {rows} latents a process and part")

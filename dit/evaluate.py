@@ -29,6 +29,8 @@ from ssdd.engine.fidelity import Statistics, copy_rate
 from ssdd.engine.files import sha256_file, sha256_json, write_json
 from ssdd.engine.images import open_source, read_split
 from ssdd.engine.pictures import grid, save_png
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
 from ssdd.engine.provenance import measured_by
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.scores import (
@@ -38,7 +40,7 @@ from ssdd.engine.scores import (
     load_networks,
     paired_differences,
 )
-from ssdd.engine.training import open_accelerator, peak_memory
+from ssdd.engine.training import choose_kernels, peak_memory
 
 REFERENCE, HELD_OUT = "training images", "held-out images"
 BASELINE = "PCA-Gaussian"
@@ -61,15 +63,18 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     _check(options)
     if options.sweep_cfg or options.sweep_steps:
         generator_of(cfg)  # a sweep draws, also beside a given sample set
-    accelerator = open_accelerator("no", deterministic=False)
-    rows = open_rows(options.decoders, cfg.ckpt_dir, accelerator.device)
-    networks = load_networks(options.features, accelerator.device)
-    judge = SmallClassifier.load(options.classifier).to(accelerator.device) if options.classifier else None
+    processes = Processes.join()
+    device = processes.device
+    precision = Precision.resolve(options.mixed_precision, device, measuring=True)
+    choose_kernels(deterministic=False)
+    rows = open_rows(options.decoders, cfg.ckpt_dir, device)
+    networks = load_networks(options.features, device)
+    judge = SmallClassifier.load(options.classifier).to(device) if options.classifier else None
     if options.features and not networks:
         raise UserError("no feature network has its weights on this machine; name one in evaluation.features")
     out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
     cache = Path(options.cache) if options.cache else Path(cfg.ckpt_dir) / "cache" / "statistics"
-    of_real = Measuring(networks, accelerator, options.batch_size, options.kept_features)
+    of_real = Measuring(networks, processes, precision, options.batch_size, options.kept_features)
     of_samples = replace(of_real, kept=max(options.kept_features, KEPT_SAMPLES))
     reference = (
         ForeignReference(cfg, of_real, cache) if options.reference else RealImages(cfg.dataset, "train", of_real, cache)
@@ -91,11 +96,11 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         held_out.measure()
     judged = {"judge": sha256_file(Path(options.classifier)) if judge else None}
     shown = _first_of_each_class(samples.labels)
-    seed, device = cfg.sampling.seed, accelerator.device
+    seed = cfg.sampling.seed
     sets: dict[str, ImageSetFolder] = {}
     for row in rows:
         request = request_of(row, norms[row.name], samples.checksum, seed) | judged
-        make = decoded(row, samples.rows, norms[row.name], seed, device)
+        make = decoded(row, samples.rows, norms[row.name], seed, precision)
         export = _export(cfg, out, row, samples)
         folder = out / "measured" / "samples" / row.name
         sets[row.name] = ImageSetFolder(
@@ -111,13 +116,14 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     sweep = Sweep(cfg, out, rows, of_real) if options.sweep_cfg or options.sweep_steps else None
     if sweep:
         sweep.measure()
-    if not accelerator.is_main_process:
+    if not processes.is_main:
         return {}
 
     # The main process: compare them, network by network.
     result: dict[str, Any] = {
         "task": "evaluate",
         "count": len(samples),
+        "precision": precision.record(),
         "measured": measured_by(device),
         "samples": samples.description,
         "labels": labels_of(samples.labels, samples.description),

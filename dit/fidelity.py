@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from dit.config import DiTConfig
 from dit.images import CacheImages
@@ -22,6 +21,7 @@ from ssdd.engine.fidelity import FeatureStatistics, frechet_distance
 from ssdd.engine.image_sets import ImageSet, Treatment
 from ssdd.engine.images import ImageDataset, open_source
 from ssdd.engine.kid import kernel_distance
+from ssdd.engine.processes import Processes
 from ssdd.engine.reference import measure_once
 from ssdd.engine.scores import AUTOMATIC, load_networks
 from ssdd.engine.weights import find, has
@@ -37,27 +37,27 @@ class OnlineFidelity:
     on this machine.
     """
 
-    def __init__(self, cfg: DiTConfig, cache: Cache, samples: SampleDecoder, accelerator: Accelerator):
+    def __init__(self, cfg: DiTConfig, cache: Cache, samples: SampleDecoder, processes: Processes):
         if cfg.training.fidelity_samples < 2:
             raise UserError(f"training.fidelity_samples={cfg.training.fidelity_samples}: expected 2 or more")
-        self.samples, self.accelerator = samples, accelerator
+        self.samples, self.processes = samples, processes
         self.count, self.batch_size = cfg.training.fidelity_samples, cfg.sampling.batch_size
         name = next((name for name in AUTOMATIC if has(name)), None)
         if name is None:
             find(AUTOMATIC[0])  # says how to get it
-        self.network = load_networks([name], accelerator.device)[0]
+        self.network = load_networks([name], processes.device)[0]
         CacheImages(cfg.dataset, cache)
         limit = min(cfg.dataset.limit or REFERENCE_IMAGES, REFERENCE_IMAGES)
         dataset = replace(cfg.dataset, limit=limit)
         reals = _Reals(ImageDataset(open_source(dataset, "train"), dataset, train=False))
         folder = Path(cfg.ckpt_dir) / "cache" / "fidelity"
-        with accelerator.main_process_first():
+        with processes.main_first():
             self.reals = measure_once(reals, self.network, 64, folder)
 
     def measure(self, model: DiT) -> dict[str, float]:
         """{fidelity/kid_NETWORK, fidelity/frechet_NETWORK}; every process draws its share, all get the figures."""
         statistics, sampling = FeatureStatistics(self.network.dim), self.samples.sampling
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rank, world = self.processes.rank, self.processes.world
         for start in range(0, self.count, self.batch_size)[rank::world]:
             indices = range(start, min(start + self.batch_size, self.count))
             labels = sample_labels(indices, self.samples.num_classes, sampling.seed, sampling.balanced)

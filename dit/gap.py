@@ -45,7 +45,7 @@ class Gap:
             for level in self.levels:
                 latents = with_noise(self.latents.rows, level, seed)
                 request = request_of(row, norms[row.name], {**self.latents.request, "noise": level}, seed)
-                make = decoded(row, latents, norms[row.name], seed, measuring.accelerator.device)
+                make = decoded(row, latents, norms[row.name], seed, measuring.precision)
                 place = folder / f"noise-{level:g}" / row.name
                 self.sets[row.name, level] = ImageSetFolder(place, request, len(self.latents), make, measuring)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dit.chunks import Chunks
@@ -23,6 +22,8 @@ from ssdd.engine.classifier import SmallClassifier
 from ssdd.engine.features import FeatureNetwork, Outputs
 from ssdd.engine.fidelity import Statistics
 from ssdd.engine.files import plain, read_json, write_json
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
 from ssdd.engine.reference import load_statistics, save_statistics
 from ssdd.engine.scores import Collected, drawn_indices
 
@@ -37,10 +38,14 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class Measuring:
-    """What all sets of an evaluation are measured with. kept: features kept of a set of more images than that."""
+    """What all sets of an evaluation are measured with. kept: features kept of a set of more images than that.
+
+    precision: that of the tokenizers that make images; feature networks compute in float32.
+    """
 
     networks: Sequence[FeatureNetwork]
-    accelerator: Accelerator
+    processes: Processes
+    precision: Precision
     batch_size: int
     kept: int
 
@@ -86,7 +91,8 @@ class ImageSetFolder:
                 "batch_size": measuring.batch_size,
                 "networks": [[network.name, network.checksum] for network in measuring.networks],
                 "kept_features": min(count, measuring.kept),
-                "device": measuring.accelerator.device.type,
+                "device": measuring.processes.device.type,
+                "precision": measuring.precision.name,
                 "judged": judge is not None,
                 "shown": list(shown),
                 "images": export is not None,
@@ -103,25 +109,25 @@ class ImageSetFolder:
 
     def measure(self) -> None:
         """Make what is missing; every process its own chunks. Returns when all chunks are there."""
-        accelerator = self.measuring.accelerator
-        accelerator.wait_for_everyone()  # nobody looks for finished work any more
+        processes = self.measuring.processes
+        processes.wait()  # nobody looks for finished work any more
         if self.finished:
-            accelerator.print(f"{self.folder}: measured before")
+            processes.print(f"{self.folder}: measured before")
             return
-        if accelerator.is_main_process:
+        if processes.is_main:
             self._begin()
-        accelerator.wait_for_everyone()
-        for chunk in self.chunks.missing(accelerator.process_index, accelerator.num_processes):
+        processes.wait()
+        for chunk in self.chunks.missing(processes.rank, processes.world):
             images = self.make(chunk)
             self.chunks.save(chunk, self._observed(chunk, images), images.seconds)
-            done = min(chunk.start + self.chunks.size * accelerator.num_processes, self.count)
+            done = min(chunk.start + self.chunks.size * processes.world, self.count)
             if done == self.count or chunk.start // self.chunks.size % 50 == 0:
-                accelerator.print(f"{self.folder.parent.name}, {self.folder.name}: {done} of {self.count}")
-        accelerator.wait_for_everyone()
+                processes.print(f"{self.folder.parent.name}, {self.folder.name}: {done} of {self.count}")
+        processes.wait()
         if self.export and self.export.png:
-            for chunk in self.chunks.ranges[accelerator.process_index :: accelerator.num_processes]:
+            for chunk in self.chunks.ranges[processes.rank :: processes.world]:
                 write_pngs(self.export.png, self.chunks.load(chunk)["images"], chunk)
-            accelerator.wait_for_everyone()
+            processes.wait()
 
     def _begin(self) -> None:
         for path in self.folder.glob("*.*"):
@@ -133,7 +139,7 @@ class ImageSetFolder:
     def _observed(self, chunk: range, images: Images) -> dict[str, Tensor]:
         tensors = {"indices": images.indices}
         for number, network in enumerate(self.measuring.networks):
-            outputs = network.outputs(images.pixels.to(self.measuring.accelerator.device))
+            outputs = network.outputs(images.pixels.to(self.measuring.processes.device))
             tensors |= {f"{number}.{key}": part for key, part in outputs._asdict().items() if part is not None}
         pixels = images.pixels.cpu()
         if self.judge is not None:
@@ -147,7 +153,7 @@ class ImageSetFolder:
         """Statistics of all chunks, and the npz; the chunks are then deleted. Only in the main process."""
         if self.finished:
             return
-        networks, device = self.measuring.networks, self.measuring.accelerator.device
+        networks, device = self.measuring.networks, self.measuring.processes.device
         kept = True if self.count <= self.measuring.kept else drawn_indices(self.count, self.measuring.kept)
         collected = [Collected(network, kept) for network in networks]
         parts: dict[str, list[Tensor]] = {"shown": [], "shown_indices": [], "correct": []}
@@ -169,7 +175,7 @@ class ImageSetFolder:
             write_npz(self.export.npz, images, self.count, self.export.labels)
         figures = {
             "request": self.request,
-            "images_per_s": self.chunks.samples_per_s() * self.measuring.accelerator.num_processes,
+            "images_per_s": self.chunks.samples_per_s() * self.measuring.processes.world,
             "class_accuracy": torch.cat(parts["correct"]).double().mean().item() if parts["correct"] else None,
         }
         write_json(self.folder / "measured.json", figures)

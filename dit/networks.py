@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dit.config import DiTConfig
@@ -17,6 +16,7 @@ from latent_cache import LatentDataset, StreamingLatents
 from ssdd.engine.checkpoint import resolve
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
+from ssdd.engine.precision import Precision
 from ssdd.engine.throughput import count_flop
 from ssdd.repa import PatchTokens, RepaLoss
 
@@ -114,13 +114,13 @@ def loss_weights(cfg: DiTConfig) -> dict[str, float]:
     return {"velocity": 1.0, **vars(cfg.losses)}
 
 
-def flop_per_latent(cfg: DiTConfig, objective: FlowObjective, cache: Cache, accelerator: Accelerator) -> int:
+def flop_per_latent(cfg: DiTConfig, objective: FlowObjective, cache: Cache, precision: Precision) -> int:
     """FLOP of one training latent, forward and backward, on REPA's network too."""
-    z = torch.zeros(1, *cache.latent_shape, device=accelerator.device)
+    z = torch.zeros(1, *cache.latent_shape, device=precision.device)
     y, draws = torch.zeros(1, dtype=torch.int64, device=z.device), step_draws(cfg, 0, tuple(z.shape), z.device)
     images = None if objective.repa is None else torch.zeros(1, 3, 8, 8, device=z.device)  # resized for the teacher
     trained = [p for p in objective.parameters() if p.requires_grad]
-    with accelerator.autocast():
+    with precision.autocast():
         return count_flop(lambda: sum(objective(z, y, draws, images).values()), trained)
 
 

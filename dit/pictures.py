@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dit.config import DiTConfig
@@ -16,6 +15,7 @@ from dit.networks import Cache
 from dit.sample import check_sampling, draw
 from ssdd.engine.noise import indexed_noise
 from ssdd.engine.pictures import grid, to_uint8
+from ssdd.engine.precision import Precision
 from ssdd.tokenizer import SSDD
 
 SAMPLES, COLUMNS = 16, 8
@@ -29,12 +29,12 @@ class SampleDecoder:
     `sampling` that no sampler can work with.
     """
 
-    def __init__(self, cfg: DiTConfig, cache: Cache, accelerator: Accelerator):
+    def __init__(self, cfg: DiTConfig, cache: Cache, precision: Precision):
         check_sampling(cfg.sampling)
         tokenizer = SSDD.from_pretrained(cfg.training.tokenizer, cfg.ckpt_dir)
         cache.norm.check_encoder(tokenizer.encoder_fingerprint(), cfg.cache)
-        self.tokenizer = tokenizer.to(accelerator.device).eval().requires_grad_(False)
-        self.norm, self.num_classes, self.accelerator = cache.norm, cache.num_classes, accelerator
+        self.tokenizer = tokenizer.to(precision.device).eval().requires_grad_(False)
+        self.norm, self.num_classes, self.precision = cache.norm, cache.num_classes, precision
         cfg_scale = cfg.sampling.cfg_scale if cfg.model.class_dropout > 0 else 1.0
         self.sampling = replace(cfg.sampling, cfg_scale=cfg_scale, guide=None, guide_scale=1.0)
         _, height, width = cache.latent_shape
@@ -43,9 +43,9 @@ class SampleDecoder:
     @torch.no_grad()
     def images(self, model: DiT, indices: Sequence[int], labels: Tensor) -> Tensor:
         """Samples `indices` of the classes `labels` [n], a function of weights and index: uint8 [n, 3, H, W]."""
-        device, steps = self.accelerator.device, self.tokenizer.config["fm_sampler"]["steps"]
+        device, steps = self.precision.device, self.tokenizer.config["fm_sampler"]["steps"]
         noise = indexed_noise(indices, self.shape, self.sampling.seed, "decoder")
-        with self.accelerator.autocast():
+        with self.precision.autocast():
             z = self.norm.denormalise(draw(model, indices, labels, self.sampling).to(device))
             return to_uint8(self.tokenizer.decode(z, steps=steps, noise=noise.to(device)))
 

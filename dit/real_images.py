@@ -42,24 +42,24 @@ class RealImages:
 
     def measure(self) -> None:
         """Every process its part of the images, for the networks that have not seen them yet; no image is stored."""
-        accelerator, count = self.measuring.accelerator, len(self.dataset)
+        processes, count = self.measuring.processes, len(self.dataset)
         missing = [network for network in self.measuring.networks if not self._files[network.name].is_file()]
-        accelerator.wait_for_everyone()  # nobody looks any more
+        processes.wait()  # nobody looks any more
         if not missing:
             return
         kept = True if count <= self.measuring.kept else drawn_indices(count, self.measuring.kept)
         collected = [Collected(network, kept) for network in missing]
-        rank, world = accelerator.process_index, accelerator.num_processes
+        rank, world = processes.rank, processes.world
         for x, _, indices in eval_batches(self.dataset, BATCH, rank, world, self.dataset.cfg.reading_processes):
-            pixels = to_uint8(x).to(accelerator.device)
+            pixels = to_uint8(x).to(processes.device)
             for network, of_network in zip(missing, collected, strict=True):
                 of_network.update(network.outputs(pixels), indices)
         for network, of_network in zip(missing, collected, strict=True):
             of_network.reduce()
-            if accelerator.is_main_process:
+            if processes.is_main:
                 provenance = network.provenance() | self.identity
                 save_statistics(self._files[network.name], of_network.compute(), provenance)
-        accelerator.wait_for_everyone()
+        processes.wait()
 
     def statistics(self) -> dict[str, Statistics]:
         """Network name -> statistics, all with the features of `kept` images at most."""

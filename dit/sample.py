@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from torch import Tensor
 
@@ -31,8 +30,9 @@ from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file, sha256_json, write_json
 from ssdd.engine.noise import batch_generator, indexed_noise
-from ssdd.engine.precision import mixed_precision
-from ssdd.engine.training import to_device
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
+from ssdd.engine.training import choose_kernels, to_device
 from ssdd.flow import euler, time_grid
 
 
@@ -84,17 +84,17 @@ def _noise(indices: list[int], shape: Sequence[int], seed: int, stream: str, dev
 
 def run(cfg: DiTConfig) -> Path:
     """Draw `sampling.n` latents into `out`, which is returned; continues an interrupted set, keeps a finished one."""
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    sampling = cfg.sampling
+    processes, sampling = Processes.join(), cfg.sampling
     check_sampling(sampling)
+    precision = Precision.resolve(sampling.mixed_precision, processes.device, measuring=True)
+    choose_kernels(deterministic=False)
     reference = sampling.checkpoint or cfg.run_name
     weights = averaged(resolve(reference, cfg.ckpt_dir), sampling.ema)
-    model = load_dit(weights, sampling.family).to(state.device)
+    model = load_dit(weights, sampling.family).to(processes.device)
     guide_weights = resolve(sampling.guide, cfg.ckpt_dir) if sampling.guide else None
     guide = None if guide_weights is None else load_guide(guide_weights, weights, model, sampling.family)
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt_dir) / "jobs" / cfg.run_name / "samples"
     chunk_size = min(sampling.batch_size, sampling.n)
-    precision = mixed_precision(sampling.mixed_precision, state.device)
     request = {
         **{key: value for key, value in asdict(sampling).items() if key not in ("checkpoint", "n", "batch_size")},
         "weights": sha256_file(weights),
@@ -102,42 +102,42 @@ def run(cfg: DiTConfig) -> Path:
         "guide": guide_weights and sha256_file(guide_weights),
         "cfg_interval": list(sampling.cfg_interval),
         "chunk_size": chunk_size,
-        "mixed_precision": precision,
+        "mixed_precision": precision.name,
     }
     if _finished(out, request, sampling.n):
-        state.print(f"{out} already holds these {sampling.n} samples")
+        processes.print(f"{out} already holds these {sampling.n} samples")
         return out
 
     chunks = Chunks(out / "chunks", request, sampling.n, chunk_size)
-    if state.is_main_process:
+    if processes.is_main:
         # Written last: while it is absent, the set is unfinished.
         (out / "sample_set.json").unlink(missing_ok=True)
         chunks.prepare()
-    state.wait_for_everyone()
+    processes.wait()
     if sampling.compile:
         for network in filter(None, (model, guide)):
             network.compile(dynamic=False)
-    for missing in chunks.missing(state.process_index, state.num_processes):
+    for missing in chunks.missing(processes.rank, processes.world):
         indices = range(missing.start, missing.start + chunk_size)
         labels = sample_labels(indices, model.num_classes, sampling.seed, sampling.balanced)
         began = time.perf_counter()
-        with torch.autocast(state.device.type, _DTYPES.get(precision), enabled=precision in _DTYPES):
+        with precision.autocast():
             z_n = draw(model, indices, labels, sampling, guide)
         seconds = (time.perf_counter() - began) * len(missing) / chunk_size
         if not torch.isfinite(z_n).all():
             raise UserError(f"samples {indices.start} to {indices[-1]} of {weights} are not finite; was it trained?")
         chunks.save(missing, {"z_n": z_n, "labels": labels}, seconds)
-        state.print(f"sampled {min(missing.start + chunk_size * state.num_processes, sampling.n)} of {sampling.n}")
-    state.wait_for_everyone()
-    if state.is_main_process:
+        processes.print(f"sampled {min(missing.start + chunk_size * processes.world, sampling.n)} of {sampling.n}")
+    processes.wait()
+    if processes.is_main:
         parts = [chunks.load(indices) for indices in chunks.ranges]
         merged = {key: torch.cat([part[key] for part in parts])[: sampling.n] for key in ("z_n", "labels")}
         save_tensors(out / "latents.safetensors", merged)
-        speed = {"samples_per_s": chunks.samples_per_s() * state.num_processes, "processes": state.num_processes}
-        write_json(out / "speed.json", speed | {"device": str(state.device)})
-        _describe(out, request, model, weights, reference, sampling.n)
+        speed = {"samples_per_s": chunks.samples_per_s() * processes.world, "processes": processes.world}
+        write_json(out / "speed.json", speed | {"device": str(processes.device)})
+        _describe(out, request, precision, model, weights, reference, sampling.n)
         chunks.remove()
-    state.wait_for_everyone()
+    processes.wait()
     return out
 
 
@@ -186,9 +186,6 @@ def check_sampling(cfg: SamplingConfig) -> None:
     split_by_interval([1.0, 0.0], tuple(cfg.cfg_interval))
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def _finished(out: Path, request: dict, n: int) -> bool:
     described = out / "sample_set.json"
     if not described.exists():
@@ -205,7 +202,9 @@ def trained_on(weights: Path) -> dict:
         return json.loads((handle.metadata() or {}).get("trained_on", "{}"))
 
 
-def _describe(out: Path, request: dict, model: DiT, weights: Path, reference: str, n: int) -> None:
+def _describe(
+    out: Path, request: dict, precision: Precision, model: DiT, weights: Path, reference: str, n: int
+) -> None:
     told = trained_on(weights)
     if "z_stats" in told:
         write_json(out / "z_stats.json", told["z_stats"])
@@ -213,6 +212,7 @@ def _describe(out: Path, request: dict, model: DiT, weights: Path, reference: st
         "n": n,
         **request,
         "request": sha256_json(request),
+        "precision": precision.record(),
         "checkpoint": reference,
         "model": model.config,
         "latent_shape": list(latent_shape(model)),

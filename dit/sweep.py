@@ -50,7 +50,7 @@ class Sweep:
 
     def _measured(self, row: Row, samples: SampleSet, folder: Path) -> ImageSetFolder:
         norm, seed = samples.norm(row), self.cfg.sampling.seed
-        make = decoded(row, samples.rows, norm, seed, self.measuring.accelerator.device)
+        make = decoded(row, samples.rows, norm, seed, self.measuring.precision)
         request = request_of(row, norm, samples.checksum, seed)
         image_set = ImageSetFolder(folder / row.name, request, len(samples), make, self.measuring)
         image_set.measure()

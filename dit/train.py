@@ -12,10 +12,10 @@ import itertools
 import json
 import math
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from dit.config import DiTConfig, TrainingConfig
 from dit.dry_run import dry_run
@@ -40,6 +40,8 @@ from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.log import ProgressLog
 from ssdd.engine.noise import seed_of
 from ssdd.engine.optim import build_optimizer, learning_rate
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes, gradients_kept
 from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.sharding import gathered, laid_out_as, load_whole, shard, whole
@@ -47,7 +49,7 @@ from ssdd.engine.throughput import Throughput
 from ssdd.engine.training import (
     check_finite,
     check_identity,
-    open_accelerator,
+    choose_kernels,
     peak_memory,
     picture_due,
     rows_a_process,
@@ -66,18 +68,20 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         return dry_run(cfg)
     training = cfg.training
     cache = open_cache(cfg)
-    accelerator = open_accelerator(training.mixed_precision, cfg.deterministic)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    processes = Processes.join()
+    device, rank, world = processes.device, processes.rank, processes.world
+    precision = Precision.resolve(training.mixed_precision, device)
+    choose_kernels(cfg.deterministic)
     rows = _rows_a_process(training, world)
 
     torch.manual_seed(seed_of(cfg.seed, "dit.init"))
     network = build_network(cfg, cache).to(device)
     objective = build_objective(cfg, network).to(device)
     images = None if objective.repa is None else CacheImages(cfg.dataset, cache)
-    flop = flop_per_latent(cfg, objective, cache, accelerator)
-    samples = SampleDecoder(cfg, cache, accelerator) if training.tokenizer else None
+    flop = flop_per_latent(cfg, objective, cache, precision)
+    samples = SampleDecoder(cfg, cache, precision) if training.tokenizer else None
     picture = SamplePicture(samples) if samples and training.sample_every != 0 else None
-    fidelity = OnlineFidelity(cfg, cache, samples, accelerator) if training.fidelity_every else None
+    fidelity = OnlineFidelity(cfg, cache, samples, processes) if training.fidelity_every else None
     shown = copy.deepcopy(network).eval() if picture or fidelity else None  # averaged weights, while they are sampled
     if training.fsdp:
         shard(objective, [[block] for block in network.blocks], device, world)
@@ -118,14 +122,14 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         recompute_activations(network)
     if training.compile:
         network.compile()
-    model = accelerator.prepare_model(objective, evaluation_mode=training.fsdp)  # which is: without DDP around it
-    optimizer = accelerator.prepare_optimizer(optimizer)
-    if accelerator.scaler is not None and "scaler" in state:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    model = objective if training.fsdp else processes.data_parallel(objective)
+    scaler = precision.loss_scaler()
+    if scaler.is_enabled() and "scaler" in state:
+        scaler.load_state_dict(state["scaler"])
     if start == training.steps and directory.result.exists():
         return read_json(directory.result)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    processes.wait()
+    if processes.is_main:
         directory.save_config(cfg)
         directory.truncate_metrics(start)
         directory.result.unlink(missing_ok=True)
@@ -133,20 +137,20 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     metadata = {**network.metadata(), "trained_on": json.dumps(trained_on(cache))}
 
     def save(names: list[str]) -> None:
-        windows = accelerator.gather(window.unsqueeze(0))  # [world, len(logged)]
-        optimizer_tensors, optimizer_values = checkpoint.optimizer_tensors(optimizer.optimizer)
+        windows = processes.gather(window.unsqueeze(0))  # [world, len(logged)]
+        optimizer_tensors, optimizer_values = checkpoint.optimizer_tensors(optimizer)
         groups = {
             "model": network.state_dict(),
             **{name: average.tensors() for name, average in averages.items()},
             "optimizer": optimizer_tensors,
             "aux": {"windows": windows, **heads},
         }
-        groups = {name: gathered(group, keep=accelerator.is_main_process) for name, group in groups.items()}
-        if not accelerator.is_main_process:
+        groups = {name: gathered(group, keep=processes.is_main) for name, group in groups.items()}
+        if not processes.is_main:
             return
         state.update(identity=identity, ema=averages[AVERAGE].state(), optimizer=optimizer_values)
-        if accelerator.scaler is not None:
-            state["scaler"] = accelerator.scaler.state_dict()
+        if scaler.is_enabled():
+            state["scaler"] = scaler.state_dict()
         checkpoint.save(directory.checkpoints / names[0], groups, state, metadata)
         for name in names[1:]:
             checkpoint.link(directory.checkpoints / names[0], directory.checkpoints / name)
@@ -158,16 +162,17 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     batches = zip(cache.batches(**order), pixels, strict=False)  # both endless
     weights = loss_weights(cfg)
     began = time.perf_counter() - state["seconds"]
-    throughput = Throughput(device, accelerator.mixed_precision, training.batch_size, flop, world, start)
+    throughput = Throughput(device, precision.name, training.batch_size, flop, world, start)
     progress = ProgressLog(
         training.steps,
         description=f"train {cfg.run_name}",
         run=directory,
         start=start,
-        main_process=accelerator.is_main_process,
+        main_process=processes.is_main,
         wandb=training.wandb,
     )
     with StopRequest() as stop, progress:
+        progress.message(f"precision {precision}")
         for step in range(start, training.steps):
             # Data and draws of this step.
             (z, y, _), x = throughput.next(batches)  # [b, C, h, w], [b], and for REPA [b, 3, H, W]
@@ -183,19 +188,22 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             size, sums = rows // training.accumulate, torch.zeros_like(window)
             for first in range(0, rows, size):
                 part = slice(first, first + size)
-                with nullcontext() if part.stop == rows else accelerator.no_sync(model):
-                    terms = model(z[part], y[part], draws.rows(part), None if x is None else x[part])
+                with gradients_kept(model, part.stop < rows):
+                    with precision.autocast():
+                        terms = model(z[part], y[part], draws.rows(part), None if x is None else x[part])
                     loss = weighted_sum(terms, weights)
-                    accelerator.backward(loss / training.accumulate)
+                    scaler.scale(loss / training.accumulate).backward()
                 sums[:-1] += torch.stack([loss, *terms.values()]).detach() / training.accumulate
 
             # Optimise, average.
-            norm = whole(accelerator.clip_grad_norm_(trainable, training.grad_clip or math.inf))
+            scaler.unscale_(optimizer)
+            norm = whole(clip_grad_norm_(trainable, training.grad_clip or math.inf))
             sums[-1] = norm
             window += sums
-            finite = sums[0].isfinite() & (norm.isfinite() | (accelerator.scaler is not None))  # a scaler skips those
+            finite = sums[0].isfinite() & (norm.isfinite() | scaler.is_enabled())  # a scaler skips such steps
             bad_step = torch.where((bad_step < 0) & ~finite, step + 1, bad_step)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             for average in averages.values():
                 average.update(parameters)
@@ -209,9 +217,9 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             saving = scheduled or stopping
             logging = done == 1 or done % training.log_freq == 0 or done == training.steps
             if saving or logging:
-                check_finite(accelerator, bad_step, last)
+                check_finite(processes, bad_step, last)
             if logging:
-                means = (accelerator.reduce(window, "mean") / state["window_steps"]).tolist()
+                means = (processes.mean(window) / state["window_steps"]).tolist()
                 state["metrics"] = {**dict(zip(logged, means, strict=True)), "lr": lr}
                 counts = {"images": done * training.batch_size}
                 progress.metrics(done, state["metrics"] | counts | throughput.line(done))
@@ -224,7 +232,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             if drawing or measuring:
                 with throughput.paused():
                     shown.load_state_dict(gathered(network.state_dict() | averages[AVERAGE].tensors()))
-                    if drawing and accelerator.is_main_process:
+                    if drawing and processes.is_main:
                         progress.picture(done, "samples", picture.draw(shown))
                     if measuring:
                         progress.metrics(done, fidelity.measure(shown))
@@ -235,7 +243,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 state["seconds"] = time.perf_counter() - began
                 with throughput.paused():
                     save([*[checkpoint.step_name(done)] * kept, "last"])
-                    accelerator.wait_for_everyone()
+                    processes.wait()
             if stopping and done < training.steps:
                 progress.message(f"stopped by a signal after step {done}; the same command continues from {last}")
                 raise SystemExit(0)
@@ -248,14 +256,15 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in trainable),
         "model": network.config,
         "cache": cache.manifest["sha256"],
+        "precision": precision.record(),
         "checkpoint": str(last),
         "seconds": state["seconds"],
         "images_per_s": training.steps * training.batch_size / max(state["seconds"], 1e-9),
         "peak_memory_bytes": peak_memory(device),
     }
-    if accelerator.is_main_process:
+    if processes.is_main:
         directory.write_result(result)
-    accelerator.wait_for_everyone()
+    processes.wait()
     return result
 
 

@@ -60,27 +60,18 @@ def _build(cfg: BuildConfig) -> int:
     if cfg.dry_run:
         return _dry_run(cfg)
     from latent_cache.build import build
-    from latent_cache.processes import leave
+    from ssdd.engine.processes import Processes
 
-    try:
-        manifest = build(cfg)
-    finally:
-        first = leave() == 0
-    if first:
-        print(_made(cfg.out, manifest))
+    manifest = build(cfg)
+    Processes.join(cfg.device).print(_made(cfg.out, manifest))
     return 0
 
 
 def _dry_run(cfg: BuildConfig) -> int:
     from latent_cache.dry_run import dry_run
-    from latent_cache.processes import leave
+    from ssdd.engine.processes import Processes
 
-    try:
-        text = dry_run(cfg)
-    finally:
-        first = leave() == 0
-    if first:
-        print(text)
+    Processes.join(cfg.device).print(dry_run(cfg))
     return 0
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
+from latent_cache.arithmetic import exact_arithmetic
 from latent_cache.config import BuildConfig
 from latent_cache.encode import Images, encode_shards
 from latent_cache.folder import CacheFolder, FolderLock, clear_disk_errors
 from latent_cache.manifest import FORMAT, VERSION, load_manifest
 from latent_cache.normalise import normalise_shards, progress, statistics_of
-from latent_cache.processes import Processes, exact_arithmetic
 from ssdd.engine.errors import UserError
 from ssdd.engine.images import ImageSource, open_source
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
 from ssdd.tokenizer import SSDD
 
 log = logging.getLogger(__name__)
@@ -29,10 +33,10 @@ def build(cfg: BuildConfig) -> dict:
     """
     check(cfg)
     root = Path(cfg.out)
-    processes = Processes.join(cfg.device)
+    processes = Processes.join(cfg.device, patient=True)
     tokenizer = SSDD.from_pretrained(cfg.tokenizer, ckpt_dir=cfg.ckpt_dir).eval()
     sources = {split: open_source(cfg.dataset, split) for split in cfg.splits}
-    settings = processes.agree(lambda: describe(cfg, tokenizer, sources, processes.device.type))
+    settings = processes.agree(lambda: describe(cfg, tokenizer, sources, processes.device))
     folder = CacheFolder(root, settings)
     with clear_disk_errors(root):
         processes.agree(folder.make)
@@ -41,7 +45,7 @@ def build(cfg: BuildConfig) -> dict:
                 lock.share()
                 images = Images(cfg.dataset, sources, {s: entry["skipped"] for s, entry in settings["splits"].items()})
                 tokenizer.encoder.to(processes.device)
-                with exact_arithmetic(cfg.threads):
+                with exact_arithmetic(processes.device, cfg.threads):
                     _encode(folder, processes, tokenizer, images, cfg.dataset.reading_processes)
                     normalise_shards(folder, processes, images.labels, statistics_of(folder))
     return load_manifest(root)
@@ -59,7 +63,7 @@ def check(cfg: BuildConfig) -> None:
         )
 
 
-def describe(cfg: BuildConfig, tokenizer: SSDD, sources: dict[str, ImageSource], device: str) -> dict:
+def describe(cfg: BuildConfig, tokenizer: SSDD, sources: dict[str, ImageSource], device: torch.device) -> dict:
     """All that the bytes of the cache depend on: its manifest but for the shards."""
     dataset, size, stride = cfg.dataset, cfg.dataset.im_size, tokenizer.f
     if size % stride or size < stride:
@@ -80,7 +84,13 @@ def describe(cfg: BuildConfig, tokenizer: SSDD, sources: dict[str, ImageSource],
         "dtype": "float16",
         "shape": [channels, size // stride, size // stride],
         "views": ["npy", "flip.npy"] if cfg.views.flip else ["npy"],
-        "encoding": {"batch_size": cfg.batch_size, "threads": cfg.threads, "device": device, "dtype": "float32"},
+        "encoding": {
+            "batch_size": cfg.batch_size,
+            "threads": cfg.threads,
+            "device": device.type,
+            "dtype": "float32",
+            "precision": Precision.float32(device).record(),
+        },
         "samples_per_shard": cfg.samples_per_shard,
         "classes": sources["train"].class_names,
         "splits": {

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from latent_cache.arithmetic import exact_arithmetic
 from latent_cache.build import check, describe
 from latent_cache.config import BuildConfig
 from latent_cache.encode import raw_rows
 from latent_cache.folder import CacheFolder
-from latent_cache.processes import Processes, exact_arithmetic
 from ssdd.engine.images import ImageDataset, open_source
+from ssdd.engine.processes import Processes
 from ssdd.tokenizer import SSDD
 
 TIMED_BATCHES = 3
@@ -27,12 +28,12 @@ def dry_run(cfg: BuildConfig) -> str:
     Unreadable images, which on_corrupt=skip leaves out, are counted here, since finding them means decoding all.
     """
     check(cfg)
-    processes = Processes.join(cfg.device)
+    processes = Processes.join(cfg.device, patient=True)
     device = processes.device
     tokenizer = SSDD.from_pretrained(cfg.tokenizer, ckpt_dir=cfg.ckpt_dir).eval()
     images = replace(cfg.dataset, on_corrupt="error")
     sources = {split: open_source(images, split) for split in cfg.splits}
-    settings = describe(replace(cfg, dataset=images), tokenizer, sources, device.type)
+    settings = describe(replace(cfg, dataset=images), tokenizer, sources, device)
     folder = CacheFolder(Path(cfg.out), settings)
     splits = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
     views = len(settings["views"])
@@ -69,7 +70,7 @@ def measure(
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         tokenizer.encode(torch.zeros(1, 3, side, side, device=device))
     seconds = []
-    with exact_arithmetic(cfg.threads):
+    with exact_arithmetic(device, cfg.threads):
         for _ in range(TIMED_BATCHES + 1):  # the first chooses kernels; rows come back on the CPU, so all is awaited
             began = time.perf_counter()
             raw_rows(tokenizer, batch, settings)

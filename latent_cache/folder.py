@@ -135,8 +135,9 @@ class CacheFolder:
             if problem := self._damage():
                 return f"out={self.root} holds a damaged cache ({problem}): {choice}"
             found, kind = settings_of(load_manifest(self.root)), "a cache"
-            if any_device:
-                wanted = {**wanted, "encoding": {**wanted["encoding"], "device": found["encoding"]["device"]}}
+            own = found["encoding"]  # nothing is left to encode: any CPU will do, and any device if none was asked for
+            kept = {"precision": own.get("precision")} | ({"device": own.get("device")} if any_device else {})
+            wanted = {**wanted, "encoding": {**wanted["encoding"], **kept}}
         elif (self.partial / "settings.json").is_file():
             found, kind = read_json(self.partial / "settings.json"), "an unfinished build"
         elif taken := [name for name in (*SPLITS, STATISTICS) if (self.root / name).exists()]:

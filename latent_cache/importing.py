@@ -24,10 +24,10 @@ from latent_cache.manifest import VERSION as CACHE_VERSION
 from latent_cache.normalise import normalise_shards, progress, statistics_of
 from latent_cache.peers import fast_dit, lightningdit, repa
 from latent_cache.peers.block import PeerLatents
-from latent_cache.processes import Processes
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
 from ssdd.engine.image_files import ImageFiles
+from ssdd.engine.processes import Processes
 from ssdd.latent import UNKNOWN_ENCODER, LatentNorm
 from ssdd.tokenizer import SSDD
 

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from latent_cache.folder import CacheFolder, Job, put
 from latent_cache.manifest import STATISTICS, write_manifest
-from latent_cache.processes import Processes
 from latent_cache.shard import write_shard
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file, write_json
+from ssdd.engine.processes import Processes
 from ssdd.latent import LatentNorm
 
 CHUNK = 1024  # rows that are normalised together; has no influence on the result

@@ -213,7 +213,8 @@ class TrainingConfig:
     """Shard parameters, averages and optimizer state over the processes (FSDP) instead of keeping all in each (DDP);
     needs ssdd.compile=false."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
-    """Autocast; auto is bf16 where the device computes in it natively, else float32; task=eval takes auto as no."""
+    """Autocast; auto is what SSDD_PRECISION says, else bf16 where the device computes in it natively, else no; for
+    task=eval, which measures, auto is no unless SSDD_PRECISION says otherwise."""
     eval_freq: int = 4
     """Epochs between evaluations; 0 evaluates never."""
     save_on_best: str = field(default="FID", metadata={"choices": METRICS})

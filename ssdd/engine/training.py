@@ -1,4 +1,4 @@
-"""What every training page does around its loop: devices, determinism, batch division, checks, memory."""
+"""What every training page does around its loop: determinism, batch division, checks, memory."""
 
 from __future__ import annotations
 
@@ -10,32 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ssdd.engine import checkpoint
 from ssdd.engine.errors import UserError
-from ssdd.engine.precision import mixed_precision
+from ssdd.engine.processes import Processes
 
 
-def open_accelerator(precision: str, deterministic: bool) -> Accelerator:
-    """Accelerate on the best device there is, with the autocast that `precision` (auto, no, bf16, fp16) means on it.
-
-    Several processes train data-parallel (DDP, or FSDP by training.fsdp). UserError where accelerate is configured to
-    shard parameters: it would do so after optimizer and averages were made.
-    """
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise UserError(
-                f"accelerate is configured for {name}, which these trainers do not leave to it: run `accelerate "
-                "config` again without it, or launch with torchrun, and set training.fsdp=true to shard parameters"
-            )
+def choose_kernels(deterministic: bool) -> None:
+    """Refuse operations whose result depends on timing, or allow them; for the process, whatever was set before."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    cpu = not torch.accelerator.is_available()
-    device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
-    return Accelerator(mixed_precision=mixed_precision(precision, device), cpu=cpu)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def rows_a_process(key: str, batch_size: int, world: int, parts: int) -> int:
@@ -58,9 +44,9 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], folder: Path) 
         )
 
 
-def check_finite(accelerator: Accelerator, bad_step: Tensor, last: Path) -> None:
+def check_finite(processes: Processes, bad_step: Tensor, last: Path) -> None:
     """UserError when `bad_step` (int scalar, -1: none) names a step with a non-finite loss in any process."""
-    bad = [step for step in accelerator.gather(bad_step.unsqueeze(0)).tolist() if step >= 0]
+    bad = [step for step in processes.gather(bad_step.unsqueeze(0)).tolist() if step >= 0]
     if bad:
         kept = f", and {last} keeps what came before" if checkpoint.exists(last) else " before the first checkpoint"
         raise UserError(

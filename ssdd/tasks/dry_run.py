@@ -10,17 +10,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssdd.config import SSDDConfig
 from ssdd.engine.images import ImageDataset, open_source, steps_per_epoch
 from ssdd.engine.optim import build_optimizer, parameter_groups
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
 from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.throughput import seconds_a_call
-from ssdd.engine.training import open_accelerator, peak_memory
+from ssdd.engine.training import choose_kernels, peak_memory
 from ssdd.objective import step_draws, weighted_sum
 from ssdd.tasks.networks import build_discriminator, build_objective, build_tokenizer
 
 
 def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
     """Print and return parameters, GFLOP an image, memory, seconds a step and hours in all; nothing is written."""
-    accelerator = open_accelerator(cfg.training.mixed_precision, deterministic=False)
-    device, world = accelerator.device, accelerator.num_processes
+    processes = Processes.join()
+    device, world = processes.device, processes.world
+    precision = Precision.resolve(cfg.training.mixed_precision, device)
+    choose_kernels(deterministic=False)
     rows = max(1, cfg.dataset.batch_size // world // cfg.training.grad_accumulate)
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=True)
     steps = cfg.training.steps or cfg.training.epochs * steps_per_epoch(dataset, cfg.dataset.batch_size)
@@ -46,13 +50,13 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
         network.compile()
 
     def step() -> None:
-        with accelerator.autocast():
+        with precision.autocast():
             loss = weighted_sum(objective(x, draws, None, *given), vars(cfg.losses))
-        accelerator.backward(loss)
+        loss.backward()
         if discriminator is not None:
-            with accelerator.autocast():
+            with precision.autocast():
                 loss = discriminator(x, *objective.images.seen)
-            accelerator.backward(loss)
+            loss.backward()
             discriminator.zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -69,9 +73,10 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(device),
         "seconds_a_step": step_seconds,
         "steps": steps,
+        "precision": precision.record(),
         "hours": steps * step_seconds / 3600,
     }
-    if accelerator.is_main_process:
+    if processes.is_main:
         counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in result["parameters"].items())
         print(f"parameters: {counts}")
         print(f"GFLOP an image: encode {result['gflop_encode']:.1f}, decode step {result['gflop_decode_step']:.1f}")

@@ -13,8 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from ssdd import perceptual
@@ -29,6 +27,8 @@ from ssdd.engine.images import ImageDataset, eval_batches, open_source, read_spl
 from ssdd.engine.metrics import fine_power, mae, mse, pooled_psnr, psnr, ssim
 from ssdd.engine.noise import indexed_noise
 from ssdd.engine.pictures import from_uint8, grid, save_png, to_uint8
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
 from ssdd.engine.provenance import measured_by
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.scores import (
@@ -39,7 +39,7 @@ from ssdd.engine.scores import (
     load_networks,
     paired_differences,
 )
-from ssdd.engine.training import open_accelerator, peak_memory, synchronize
+from ssdd.engine.training import choose_kernels, peak_memory, synchronize
 from ssdd.tasks.networks import encoder_option, foreign_encoder
 from ssdd.tokenizer import SSDD
 
@@ -52,9 +52,9 @@ log = logging.getLogger(__name__)
 class Evaluation:
     """The images, networks and metrics of reconstruction evaluations; made once, run on any rows."""
 
-    def __init__(self, cfg: SSDDConfig, accelerator: Accelerator):
-        self.cfg, self.accelerator = cfg, accelerator
-        self.device = accelerator.device
+    def __init__(self, cfg: SSDDConfig, processes: Processes, precision: Precision):
+        self.cfg, self.processes, self.precision = cfg, processes, precision
+        self.device = processes.device
         held_out = replace(cfg.dataset, limit=cfg.evaluation.limit or cfg.dataset.limit)
         self.dataset = ImageDataset(open_source(held_out, "val"), held_out, train=False)
         features, metrics = list(cfg.evaluation.features), cfg.evaluation.metrics
@@ -63,7 +63,7 @@ class Evaluation:
         self.left_out = [f"features {name}" for name in automatic_without_weights(features)]
         self.left_out += perceptual.automatic_without_weights(metrics)
         self._fell_back = False
-        if self.left_out and accelerator.is_main_process:
+        if self.left_out and processes.is_main:
             log.warning("no weights on this machine, so left out: %s", ", ".join(self.left_out))
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ class Evaluation:
             images = {ORIGINALS: originals}
             noise = indexed_noise(indices, x.shape[1:], self.cfg.seed, "decoder").to(self.device)
             for row in rows:
-                with self.accelerator.autocast():
+                with self.precision.autocast():
                     z = row.tokenizer.encode(x).mode()
                     if row.name not in seconds:
                         row.tokenizer.decode(z, steps=row.steps, noise=noise)  # not timed: first calls choose kernels
@@ -113,14 +113,14 @@ class Evaluation:
             for x, _, indices in self._batches(training):
                 scores.update(REALS, to_uint8(x), indices)
         means = self._merge(values)
-        fine = {i: power for part in gather_object([fine]) for i, power in part.items()}
+        fine = {i: power for part in self.processes.gather_objects(fine) for i, power in part.items()}
         for row in means.values():
             row["PSNR_pooled"] = pooled_psnr(row["MSE"] / 1000)
             row["power_ratio"] = row.pop("fine_power") / max(sum(fine[i] for i in sorted(fine)) / len(fine), 1e-12)
         result = self._summarise(scores, means, rows, reals)
         for row in result["rows"]:
             if seconds[row["name"]]:
-                row["images_per_s"] = decoded / seconds[row["name"]] * self.accelerator.num_processes
+                row["images_per_s"] = decoded / seconds[row["name"]] * self.processes.world
         return result | {"pictures": pictures}
 
     def deciding(self, scores: dict[str, Any], wanted: str) -> tuple[str, float]:
@@ -136,13 +136,13 @@ class Evaluation:
             reason = f"{len(self.dataset)} images are fewer than the {needed} from which a Frechet distance decides"
         else:
             return wanted, scores[key] if wanted in HIGHER_IS_BETTER else -scores[key]
-        if not self._fell_back and self.accelerator.is_main_process:
+        if not self._fell_back and self.processes.is_main:
             log.warning("training.save_on_best=%s: %s; PSNR decides what is best", wanted, reason)
         self._fell_back = True
         return "PSNR", scores["PSNR"]
 
     def _batches(self, dataset: ImageDataset):
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rank, world = self.processes.rank, self.processes.world
         for x, labels, indices in eval_batches(
             dataset, self.cfg.evaluation.batch_size, rank, world, self.cfg.dataset.reading_processes
         ):
@@ -170,7 +170,7 @@ class Evaluation:
     def _merge(self, values: dict[str, dict[int, dict[str, float]]]) -> dict[str, dict[str, float]]:
         """Means over all images of all processes, summed in the order of their indices."""
         merged: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
-        for part in gather_object([dict(values)]):
+        for part in self.processes.gather_objects(dict(values)):
             for name, rows in part.items():
                 merged[name] |= rows
         return {
@@ -199,7 +199,9 @@ class Evaluation:
             result["paired"][network] = paired_differences(kernels, list(means))
         result["features"] = {network.name: network.checksum for network in self.networks}
         result["left_out"] = self.left_out
-        skipped = {i: where for part in gather_object([self.dataset.corrupt]) for i, where in part.items()}
+        skipped = {
+            i: where for part in self.processes.gather_objects(self.dataset.corrupt) for i, where in part.items()
+        }
         result["skipped"] = [skipped[i] for i in sorted(skipped)]
         result["count"] = len(self.dataset) - len(skipped)
         return result
@@ -226,16 +228,16 @@ def _rows_of_checkpoint(cfg: SSDDConfig, device: torch.device) -> list[Row]:
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
     """Evaluate `evaluation.decoders`, or `ssdd.checkpoint` at `evaluation.steps`; writes task_result.json, pictures."""
-    accelerator = open_accelerator(
-        "no" if cfg.training.mixed_precision == "auto" else cfg.training.mixed_precision, False
-    )
-    rows = open_rows(cfg.evaluation.decoders, cfg.ckpt_dir, accelerator.device)
+    processes = Processes.join()
+    precision = Precision.resolve(cfg.training.mixed_precision, processes.device, measuring=True)
+    choose_kernels(deterministic=False)
+    rows = open_rows(cfg.evaluation.decoders, cfg.ckpt_dir, processes.device)
     if not rows:
         if cfg.ssdd.checkpoint is None:
             raise UserError(
                 "task=eval needs ssdd.checkpoint=<run or file>, or evaluation.decoders=[name:reference:steps]"
             )
-        rows = _rows_of_checkpoint(cfg, accelerator.device)
+        rows = _rows_of_checkpoint(cfg, processes.device)
     counts = cfg.evaluation.steps or [cfg.ssdd.fm_sampler.steps]
     if min(counts) < 1 or len(set(counts)) < len(counts):
         raise UserError(f"evaluation.steps={counts}: expected different numbers of steps, 1 or more")
@@ -243,18 +245,18 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         raise UserError("evaluation.noise_draws=1 has no spread; take two or more, or 0 to leave it out")
     for row in rows:
         row.tokenizer.check_image_size(cfg.dataset.im_size, cfg.dataset.im_size)
-    evaluation = Evaluation(cfg, accelerator)
+    evaluation = Evaluation(cfg, processes, precision)
     result = evaluation.run(rows, baselines=cfg.evaluation.baselines, reals=True)
     if cfg.evaluation.noise_draws:
         count = min(AGREEMENT_IMAGES, len(evaluation.dataset))
-        x = from_uint8(torch.stack([evaluation.dataset[i][0] for i in range(count)])).to(accelerator.device)
+        x = from_uint8(torch.stack([evaluation.dataset[i][0] for i in range(count)])).to(processes.device)
         for row, scores in zip(rows, result["rows"], strict=False):
-            with accelerator.autocast():
+            with precision.autocast():
                 draws, parts = cfg.evaluation.noise_draws, x.split(cfg.evaluation.batch_size)
                 scores["noise_r2"] = noise_agreement(row, rows[0], parts, draws, cfg.seed)
     pictures = result.pop("pictures")
     directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
-    if accelerator.is_main_process:
+    if processes.is_main:
         directory.save_config(cfg)
         for name, images in pictures.items() if cfg.show_samples else ():
             save_png(directory.pictures / f"{name}.png", grid(images, columns=len(images)))
@@ -262,8 +264,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             "task": "eval",
             "data": evaluation.dataset.source.fingerprint(),
             "crop": cfg.dataset.crop,
-            "peak_memory_bytes": peak_memory(accelerator.device),
-            "measured": measured_by(accelerator.device),
+            "peak_memory_bytes": peak_memory(processes.device),
+            "precision": precision.record(),
+            "measured": measured_by(processes.device),
             "decoders": {row.name: row.provenance() for row in rows},
             **result,
         }

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssdd.config import SSDDConfig
@@ -17,6 +16,8 @@ from ssdd.encoder import ENCODER_NAME, EncoderAttention, EncoderBlock
 from ssdd.engine.checkpoint import resolve
 from ssdd.engine.errors import UserError
 from ssdd.engine.images import ImageDataset, eval_batches, open_source
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
 from ssdd.engine.throughput import count_flop
 from ssdd.gan import Discriminator
 from ssdd.layers import ResnetBlock
@@ -164,7 +165,7 @@ def latent_deviation(cfg: SSDDConfig, network: SSDD) -> Tensor:
 
 
 def build_targets(
-    cfg: SSDDConfig, objective: DistillationObjective, dataset: ImageDataset, teacher: Any, accelerator: Accelerator
+    cfg: SSDDConfig, objective: DistillationObjective, dataset: ImageDataset, teacher: Any, processes: Processes
 ) -> TargetStore:
     """The stored targets of a distillation, complete. teacher: checksums of its weights. UserError for other z."""
     if cfg.distill.z != "mean":
@@ -173,19 +174,19 @@ def build_targets(
     identity = {"teacher": teacher, "sampler": sampler, "data": dataset.source.fingerprint()}
     identity |= {"im_size": cfg.dataset.im_size, "crop": cfg.dataset.crop}
     store = TargetStore(Path(cfg.ckpt_dir) / "cache", identity, len(dataset), cfg.distill.noises, cfg.seed)
-    store.build(dataset, objective.teacher, steps, accelerator.process_index, accelerator.num_processes)
-    accelerator.wait_for_everyone()
+    store.build(dataset, objective.teacher, steps, processes.rank, processes.world)
+    processes.wait()
     return store
 
 
-def flop_per_image(cfg: SSDDConfig, objective: nn.Module, accelerator: Accelerator) -> int:
+def flop_per_image(cfg: SSDDConfig, objective: nn.Module, precision: Precision) -> int:
     """FLOP of one training image, forward and backward, on losses and teacher too; without the adversary."""
-    network, side, device = objective.tokenizer, cfg.dataset.im_size, accelerator.device
+    network, side, device = objective.tokenizer, cfg.dataset.im_size, precision.device
     image, latent = (1, 3, side, side), (1, network.z_dim, side // network.f, side // network.f)
     x, draws = torch.zeros(image, device=device), step_draws(cfg.seed, 0, image, latent, device)
     stored = cfg.distill_teacher and cfg.distill.targets == "cache"
     given = [(torch.zeros(latent, device=device), x)] if stored else []
     active = [name for name in objective.terms if name != "gan_disc"]
     trained = [p for p in objective.parameters() if p.requires_grad]
-    with accelerator.autocast():
+    with precision.autocast():
         return count_flop(lambda: sum(objective(x, draws, active, *given).values()), trained)

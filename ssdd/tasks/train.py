@@ -10,11 +10,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch.nn.utils import clip_grad_norm_
 
 from ssdd.config import SSDDConfig
@@ -28,6 +26,8 @@ from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.log import ProgressLog
 from ssdd.engine.noise import seed_of
 from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes, gradients_kept
 from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.sharding import gathered, laid_out_as, load_whole, shard, whole
@@ -35,7 +35,7 @@ from ssdd.engine.throughput import Throughput
 from ssdd.engine.training import (
     check_finite,
     check_identity,
-    open_accelerator,
+    choose_kernels,
     peak_memory,
     picture_due,
     rows_a_process,
@@ -63,8 +63,10 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     if cfg.dry_run:
         return dry_run(cfg)
     training = cfg.training
-    accelerator = open_accelerator(training.mixed_precision, cfg.deterministic)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    processes = Processes.join()
+    device, rank, world = processes.device, processes.rank, processes.world
+    precision = Precision.resolve(training.mixed_precision, device)
+    choose_kernels(cfg.deterministic)
     batch_size = cfg.dataset.batch_size
     rows = rows_a_process("dataset.batch_size", batch_size, world, training.grad_accumulate)
 
@@ -80,10 +82,10 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     objective = build_objective(cfg, network, discriminator).to(device)
     if cfg.distill_teacher or cfg.objective == "direct":
         network.config["fm_sampler"]["steps"] = 1  # what the decoder is trained for, and decode's default in its file
-    flop = flop_per_image(cfg, objective, accelerator)
-    evaluation = Evaluation(cfg, accelerator) if training.eval_freq else None
+    flop = flop_per_image(cfg, objective, precision)
+    evaluation = Evaluation(cfg, processes, precision) if training.eval_freq else None
     drawn = training.sample_every or (training.sample_every is None and evaluation is not None)
-    picture = ReconstructionPicture(cfg, accelerator) if drawn else None
+    picture = ReconstructionPicture(cfg, precision) if drawn else None
     shown = copy.deepcopy(network) if evaluation or picture else None  # the averaged weights, while they are looked at
     if training.fsdp:
         shard(objective, sharded_blocks(network), device, world)
@@ -112,7 +114,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         identity |= {"teacher": [teacher, network.encoder_fingerprint()], "sampler": vars(cfg.ssdd.fm_sampler)}
         identity |= {"distill": vars(cfg.distill)}
     if stored:
-        targets = build_targets(cfg, objective, dataset, identity["teacher"], accelerator)
+        targets = build_targets(cfg, objective, dataset, identity["teacher"], processes)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "window_steps": {}, "metrics": {}, "best": None}
     if checkpoint.exists(last):
         tensors, state = checkpoint.load(last)
@@ -135,20 +137,20 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         network.compile()
         if cfg.distill_teacher:
             objective.teacher.compile()
-    model = accelerator.prepare_model(objective, evaluation_mode=training.fsdp)  # which is: without DDP around it
-    optimizer = accelerator.prepare_optimizer(optimizer)
+    model = objective if training.fsdp else processes.data_parallel(objective)
     if discriminator is not None:
-        adversary, gan_optimizer = accelerator.prepare(discriminator, gan_optimizer)
+        adversary = processes.data_parallel(discriminator)
         discriminator.requires_grad_(False).eval()  # but in its own step
-    if accelerator.scaler is not None and "scaler" in state:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    if accelerator.is_main_process:
+    scaler = precision.loss_scaler()
+    if scaler.is_enabled() and "scaler" in state:
+        scaler.load_state_dict(state["scaler"])
+    if processes.is_main:
         directory.save_config(cfg)
         directory.truncate_metrics(start)
 
     def save(names: list[str]) -> None:
-        windows = accelerator.gather(window.unsqueeze(0))  # [world, terms + 1]
-        optimizer_tensors, optimizer_values = checkpoint.optimizer_tensors(optimizer.optimizer)
+        windows = processes.gather(window.unsqueeze(0))  # [world, terms + 1]
+        optimizer_tensors, optimizer_values = checkpoint.optimizer_tensors(optimizer)
         groups = {
             "model": network.state_dict(),
             "model_ema": network.state_dict() | ema.tensors(),
@@ -158,11 +160,11 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         state.update(identity=identity, ema=ema.state(), optimizer=optimizer_values)
         if discriminator is not None:
             groups["model_gan"] = discriminator.state_dict()
-            groups["optimizer_gan"], state["optimizer_gan"] = checkpoint.optimizer_tensors(gan_optimizer.optimizer)
-        if accelerator.scaler is not None:
-            state["scaler"] = accelerator.scaler.state_dict()
-        groups = {name: gathered(group, keep=accelerator.is_main_process) for name, group in groups.items()}
-        if not accelerator.is_main_process:
+            groups["optimizer_gan"], state["optimizer_gan"] = checkpoint.optimizer_tensors(gan_optimizer)
+        if scaler.is_enabled():
+            state["scaler"] = scaler.state_dict()
+        groups = {name: gathered(group, keep=processes.is_main) for name, group in groups.items()}
+        if not processes.is_main:
             return
         checkpoint.save(directory.checkpoints / names[0], groups, state, network.metadata)
         for name in names[1:]:
@@ -174,10 +176,10 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         """Gradients of the discriminator's loss on the images of the last forward pass; the loss, detached."""
         prediction, x_t, t = objective.images.seen
         discriminator.requires_grad_(True)
-        with nullcontext() if part.stop == rows else accelerator.no_sync(adversary):
-            with accelerator.autocast():
+        with gradients_kept(adversary, part.stop < rows):
+            with precision.autocast():
                 loss = adversary(x[part], prediction, x_t, t)
-            accelerator.backward(cfg.losses.gan_train * loss / training.grad_accumulate)
+            (cfg.losses.gan_train * loss / training.grad_accumulate).backward()  # fp16 is refused: nothing to scale
         discriminator.requires_grad_(False)
         return loss.detach()
 
@@ -185,16 +187,17 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     time_args = cfg.ssdd.fm_trainer.t_sampler_args
     batches = train_batches(dataset, batch_size, cfg.seed, start, rank, world, cfg.dataset.reading_processes)
     began = time.perf_counter() - state["seconds"]
-    throughput = Throughput(device, accelerator.mixed_precision, batch_size, flop, world, start)
+    throughput = Throughput(device, precision.name, batch_size, flop, world, start)
     progress = ProgressLog(
         steps,
         description=f"{'distil' if cfg.distill_teacher else 'train'} {cfg.run_name}",
         run=directory,
         start=start,
-        main_process=accelerator.is_main_process,
+        main_process=processes.is_main,
         wandb=training.wandb,
     )
     with StopRequest() as stop, progress:
+        progress.message(f"precision {precision}")
         for step in range(start, steps):
             # Data and draws of this step.
             x, _, indices, epoch = throughput.next(batches)
@@ -217,12 +220,12 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             size = rows // training.grad_accumulate
             finite = torch.ones((), dtype=torch.bool, device=device)
             for part in (slice(first, first + size) for first in range(0, rows, size)):
-                with nullcontext() if part.stop == rows else accelerator.no_sync(model):
-                    with accelerator.autocast():
+                with gradients_kept(model, part.stop < rows):
+                    with precision.autocast():
                         given = [(z[part], images[part])] if stored else []
                         terms = model(x[part], draws.rows(part), active, *given)
                     loss = weighted_sum(terms, vars(cfg.losses)) / training.grad_accumulate
-                    accelerator.backward(loss)
+                    scaler.scale(loss).backward()
                 finite &= loss.isfinite()
                 if adversarial:
                     terms["gan_train"] = discriminator_backward(part)
@@ -233,21 +236,22 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
 
             # Optimise, average.
             largest = training.grad_clip or math.inf
-            norms = [whole(accelerator.clip_grad_norm_(parameters.values(), largest))]
+            scaler.unscale_(optimizer)
+            norms = [whole(clip_grad_norm_(parameters.values(), largest))]
             norms += [whole(clip_grad_norm_(heads.values(), largest))] if heads else []
             norms += [clip_grad_norm_(discriminator.parameters(), largest)] if adversarial else []
             window[-1] += norms[0]
-            overflow = accelerator.scaler is not None  # a scaler skips such steps
-            finite &= torch.stack(norms).isfinite().all() | overflow
+            finite &= torch.stack(norms).isfinite().all() | scaler.is_enabled()  # a scaler skips such steps
             bad_step = torch.where((bad_step < 0) & ~finite, step + 1, bad_step)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if adversarial:
                 for group in gan_optimizer.param_groups:
                     group["lr"] = lr
                 gan_optimizer.step()
                 gan_optimizer.zero_grad(set_to_none=True)
-            ema.update(averaged_weights(optimizer.optimizer, parameters))
+            ema.update(averaged_weights(optimizer, parameters))
             done = step + 1
             counted = [*active, "grad_norm", *["gan_train"] * adversarial]
             state["window_steps"] = {name: state["window_steps"].get(name, 0) + (name in counted) for name in logged}
@@ -264,9 +268,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             names: list[str] = []  # of checkpoints beside `last`
             saving = stopping or ended or done % training.save_every == 0 or evaluating
             if logging or saving:
-                check_finite(accelerator, bad_step, last)
+                check_finite(processes, bad_step, last)
             if logging:
-                sums, counts = accelerator.reduce(window, "mean").tolist(), state["window_steps"]
+                sums, counts = processes.mean(window).tolist(), state["window_steps"]
                 sums = dict(zip(logged, sums, strict=True))
                 state["metrics"] = {name: sums[name] / count for name, count in counts.items() if count}
                 values = {**state["metrics"], "lr": lr, "images": done * batch_size}
@@ -278,7 +282,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             drawing = picture is not None and picture_due(training.sample_every, done, evaluating)
             if evaluating or drawing:
                 shown.load_state_dict(gathered(network.state_dict() | ema.tensors()))
-            if drawing and accelerator.is_main_process:
+            if drawing and processes.is_main:
                 with throughput.paused():
                     progress.picture(done, "reconstructions", picture.draw(shown))
             if evaluating:
@@ -289,7 +293,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 progress.metrics(done, {f"val/{name}": v for name, v in scores.items() if isinstance(v, float)})
                 best = state["best"]
                 better = best is None or best["metric"] != metric or value > best["value"]
-                if broadcast_object_list([better])[0]:  # one answer for all processes, to the last bit
+                if processes.agree(lambda better=better: better):  # one answer for all, to the last bit
                     state["best"] = {"metric": metric, "value": value, "step": done}
                     names.append("best")
 
@@ -300,7 +304,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 state["seconds"] = time.perf_counter() - began
                 with throughput.paused():
                     save([*names, "last"])
-                    accelerator.wait_for_everyone()
+                    processes.wait()
             if stopping and not ended:
                 progress.message(f"stopped by a signal after step {done}; the same command continues from {last}")
                 raise SystemExit(0)
@@ -313,14 +317,15 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         "best": state["best"],
         "parameters": sum(p.numel() for p in parameters.values()),
         "tokenizer": network.config,
+        "precision": precision.record(),
         "checkpoint": str(last),
         "seconds": state["seconds"],
         "images_per_s": steps * batch_size / max(state["seconds"], 1e-9),
         "peak_memory_bytes": peak_memory(device),
     }
-    if accelerator.is_main_process and not (start == steps and directory.result.exists()):
+    if processes.is_main and not (start == steps and directory.result.exists()):
         directory.write_result(result)
-    accelerator.wait_for_everyone()
+    processes.wait()
     return result
 
 

@@ -9,8 +9,10 @@ import torch
 from ssdd.config import SSDDConfig
 from ssdd.engine.errors import UserError
 from ssdd.engine.images import ImageDataset, eval_batches, open_source
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
 from ssdd.engine.run import RunDirectory
-from ssdd.engine.training import open_accelerator
+from ssdd.engine.training import choose_kernels
 from ssdd.latent import LatentNorm
 from ssdd.tasks.networks import build_encoder
 
@@ -22,14 +24,17 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     Writes z_stats.json (per channel and scalar, with the encoder's fingerprint) and task_result.json {z_mean, z_std}.
     One process: the sums are taken in the order of the images.
     """
-    accelerator = open_accelerator("no", False)
-    if accelerator.num_processes > 1:
+    processes = Processes.join()
+    if processes.world > 1:
         raise UserError("task=z_stats runs in one process: accelerate launch --num_processes 1 ssdd/main.py ...")
-    tokenizer = build_encoder(cfg).to(accelerator.device).eval()
+    choose_kernels(deterministic=False)
+    precision = Precision.float32(processes.device)
+    tokenizer = build_encoder(cfg).to(processes.device).eval()
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=False)
     values, total, squares = 0, 0.0, 0.0
     for x, _, _ in eval_batches(dataset, cfg.evaluation.batch_size, workers=cfg.dataset.reading_processes):
-        z = tokenizer.encode(x.to(accelerator.device)).mode().double().cpu()  # [B, c, h, w]
+        with precision.autocast():
+            z = tokenizer.encode(x.to(processes.device)).mode().double().cpu()  # [B, c, h, w]
         values += z.numel() // tokenizer.z_dim
         total += z.sum(dim=(0, 2, 3))
         squares += z.square().sum(dim=(0, 2, 3))
@@ -39,7 +44,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
     directory.save_config(cfg)
     norm.save(directory.path / "z_stats.json")
-    result = {"z_mean": norm.z_mean, "z_std": norm.z_std}
+    result = {"z_mean": norm.z_mean, "z_std": norm.z_std, "precision": precision.record()}
     directory.write_result(result)
     print(f"z_mean {norm.z_mean:.5f}  z_std {norm.z_std:.5f}  ({count} images)")
     return result

@@ -1,0 +1,153 @@
+"""The processes of a run: which one this is, where it computes, and how all of them agree.
+
+Any launcher that accelerate knows starts them (accelerate launch, torchrun, mpirun). Of accelerate only what finds them
+is used, which keeps nothing but ranks and devices for the process: precision is a value of its own (`precision.py`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssdd.engine.errors import UserError
+
+PATIENCE = timedelta(days=7)  # builds wait for the slowest process, and a shard may take hours
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+SHARDING_LAUNCHERS = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process is number `rank` of `world`; its networks run on `device`. group: None for torch's default one."""
+
+    rank: int
+    world: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def join(cls, device: str = "auto", patient: bool = False) -> Processes:
+        """Meet the other processes that a launcher started, if any; to be called by all of them.
+
+        device: auto (the accelerator that torch finds, else the CPU), cpu or cuda. patient: waits of hours are no
+        error. UserError where there is no such device, or accelerate is configured to shard parameters, which the
+        trainers do themselves.
+        """
+        for name in SHARDING_LAUNCHERS:
+            if _flag(f"ACCELERATE_USE_{name}"):
+                raise UserError(
+                    f"accelerate is configured for {name}, which these programs do not leave to it: run `accelerate "
+                    "config` again without it, or launch with torchrun, and set training.fsdp=true to shard parameters"
+                )
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device=cuda, but this machine has no usable GPU: take device=cpu or device=auto")
+        without_gpu = _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        on_cpu = device == "cpu" or without_gpu
+        if all(int(os.environ.get(name, "1")) == 1 for name in WORLD_SIZES):
+            return cls(0, 1, torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator())
+        from accelerate import PartialState
+
+        state = PartialState(cpu=without_gpu)
+        atexit.register(_leave)
+        own = torch.device("cpu") if on_cpu else state.device
+        return cls(state.process_index, state.num_processes, own, _patient_group() if patient else None)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what all have made."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier(group=self.group)
+
+    def agree(self, decide: Callable[[], Any]) -> Any:
+        """What `decide` returns in process 0, in all of them; a UserError that it raises is raised in all of them."""
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = decide()
+            except UserError as problem:
+                answer[1] = str(problem)
+        if self.world > 1:
+            dist.broadcast_object_list(answer, src=0, group=self.group)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The block runs in process 0 before it runs in the others."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows [n, ...] of all processes in the order of their ranks: [world * n, ...]."""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.contiguous(), group=self.group)
+        return torch.cat(parts)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all processes in the order of their ranks."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes."""
+        if self.world == 1:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.group)
+        return total / self.world
+
+    def data_parallel(self, module: nn.Module) -> nn.Module:
+        """The module, with gradients averaged over the processes where there are several (DDP)."""
+        if self.world == 1:
+            return module
+        devices = None if self.device.type == "cpu" else [self.device]
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+    def print(self, text: str) -> None:
+        """Print a line once."""
+        if self.is_main:
+            print(text, flush=True)
+
+
+def gradients_kept(module: nn.Module, keep: bool) -> AbstractContextManager[None]:
+    """Forward and backward passes inside keep their gradients to this process: for all but the last accumulated part.
+
+    Only DDP can; others, FSDP among them, exchange every time.
+    """
+    return module.no_sync() if keep and isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+@functools.cache
+def _patient_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _flag(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes", "on")
