@@ -192,6 +192,9 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
             return cls.from_ssdd(reference, **options)
         loaded = super().from_pretrained(str(path), **options)
         if isinstance(loaded, cls):
+            for tensor in (*loaded.parameters(), *loaded.buffers()):
+                # diffusers leaves views of the file, whose odd addresses make matrix products round otherwise
+                tensor.data = tensor.data.clone()
             loaded.tokenizer.to(memory_format=torch.channels_last)  # diffusers puts plain tensors into the modules
         return loaded
 

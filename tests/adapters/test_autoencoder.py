@@ -115,6 +115,7 @@ def test_a_saved_adapter_comes_back_bit_for_bit(vae, images, tmp_path):
     vae.save_pretrained(tmp_path)
     again = AutoencoderSSDD.from_pretrained(tmp_path)
     assert dict(again.config).items() >= {k: v for k, v in vae.config.items() if not k.startswith("_")}.items()
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in again.parameters())  # not views of the file, at odd addresses
     assert torch.equal(again(images).sample, vae(images).sample)
     half = AutoencoderSSDD.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, subfolder=None)
     assert half.dtype == torch.bfloat16
