@@ -7,41 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from ssdd.engine.errors import UserError
-from ssdd.engine.precision import mixed_precision
-from ssdd.engine.training import check_finite, check_identity, open_accelerator, peak_memory, rows_a_process
+from ssdd.engine.processes import Processes
+from ssdd.engine.training import check_finite, check_identity, choose_kernels, peak_memory, rows_a_process
 
 LAST = Path("runs/jobs/a/checkpoints/last")
 
 
-@pytest.fixture
-def fresh_state(monkeypatch):
-    """Neither accelerate's process-wide state nor torch's determinism leaks into or out of a test."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # recorded, so that what the test sets is taken back
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    reset()
-    yield
-    reset()
-    torch.use_deterministic_algorithms(deterministic)
-
-
-class Processes:
-    """Stands for accelerate where the other processes hold `others`."""
+class WithOthers(Processes):
+    """Processes of which the others hold a bad step each."""
 
     def __init__(self, *others: int):
-        self.others = torch.tensor(others, dtype=torch.int64)
+        super().__init__(0, 1 + len(others), torch.device("cpu"))
+        object.__setattr__(self, "others", torch.tensor(others, dtype=torch.int64))
 
-    def gather(self, own: torch.Tensor) -> torch.Tensor:
-        return torch.cat([own, self.others])
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows, self.others])
 
 
 @pytest.mark.parametrize(
@@ -73,39 +55,19 @@ def test_a_changed_run_is_refused_with_every_change_the_folder_and_the_remedy():
 
 
 def test_finite_steps_pass_and_the_first_bad_step_of_any_process_stops_all():
-    check_finite(Processes(-1, -1), torch.tensor(-1), LAST)
+    check_finite(WithOthers(-1, -1), torch.tensor(-1), LAST)
     with pytest.raises(UserError, match="not finite at step 3; training stopped before the first checkpoint"):
-        check_finite(Processes(-1, 3, 9), torch.tensor(-1), LAST)
+        check_finite(WithOthers(-1, 3, 9), torch.tensor(-1), LAST)
     with pytest.raises(UserError, match="not finite at step 0;"):
-        check_finite(Processes(-1), torch.tensor(0), LAST)
+        check_finite(WithOthers(-1), torch.tensor(0), LAST)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_the_accelerator_opens_on_the_best_device_and_may_be_deterministic(fresh_state, deterministic):
-    torch.use_deterministic_algorithms(False)
-    accelerator = open_accelerator("no", deterministic)
-    assert isinstance(accelerator, Accelerator) and accelerator.mixed_precision == "no"
-    best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    assert accelerator.device.type == best
-    assert torch.are_deterministic_algorithms_enabled() == deterministic
-    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
-    check_finite(accelerator, torch.tensor(-1, device=accelerator.device), LAST)
-    with pytest.raises(UserError, match="step 4"):
-        check_finite(accelerator, torch.tensor(4, device=accelerator.device), LAST)
-
-
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_sharded_parameters_are_refused_not_trained_wrongly(fresh_state, monkeypatch, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(UserError, match=f"configured for {name}"):
-        open_accelerator("no", False)
-
-
-def test_precisions_go_through_and_half_precision_on_a_cpu_is_refused():
-    assert [mixed_precision(name, "cpu") for name in ("no", "bf16")] == ["no", "bf16"]
-    assert mixed_precision("auto", "cpu") in ("no", "bf16")
-    with pytest.raises(UserError, match="needs a GPU"):
-        mixed_precision("fp16", "cpu")
+def test_kernels_are_chosen_anew_by_every_task(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    choose_kernels(deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    choose_kernels(deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_peak_memory_on_a_cpu_is_that_of_the_process_in_bytes_and_never_falls():

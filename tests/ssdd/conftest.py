@@ -21,6 +21,7 @@ ARGUMENTS = [
     "ssdd.fm_sampler.steps=2",
     "losses.lpips=0",
     "losses.repa=0",
+    "training.mixed_precision=no",
     "training.eval_freq=0",
     "training.log_freq=1",
     "training.save_every=2",

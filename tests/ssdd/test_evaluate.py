@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from ssdd.decoders import Row
 from ssdd.engine.errors import UserError
 from ssdd.engine.features import FeatureNetwork
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
 from ssdd.tasks import evaluate as evaluation_task
 from ssdd.tasks.evaluate import Evaluation, run
 from ssdd.tasks.train import run as train
@@ -24,6 +25,10 @@ from ssdd.tasks.train import run as train
 def trained(config):
     train(config("training.steps=2", "ssdd.encoder_train=true"))
     return config
+
+
+def opened(cfg) -> Evaluation:
+    return Evaluation(cfg, Processes(0, 1, torch.device("cpu")), Precision.float32("cpu"))
 
 
 def evaluate(config, *arguments: str) -> dict:
@@ -101,7 +106,7 @@ def few_inception_numbers(monkeypatch):
 
 def test_figures_are_those_of_numpy(config, monkeypatch):
     few_inception_numbers(monkeypatch)
-    evaluation = Evaluation(config("dataset.limit=5", "evaluation.metrics=[FID]"), Accelerator(cpu=True))
+    evaluation = opened(config("dataset.limit=5", "evaluation.metrics=[FID]"))
     row = evaluation.run([Row("dark", Darkened(), 1)])["rows"][0]
     originals = np.stack([evaluation.dataset[i][0].numpy() for i in range(5)]).astype(float)
     subtracted = np.array([0.25] + [0.5] * 4).reshape(-1, 1, 1, 1) * 127.5
@@ -121,9 +126,7 @@ def test_figures_are_those_of_numpy(config, monkeypatch):
 
 def test_a_few_images_are_not_judged_by_fid_and_that_is_said_once(config, monkeypatch, caplog):
     few_inception_numbers(monkeypatch)
-    few, enough = (
-        Evaluation(config(f"dataset.limit={n}", "evaluation.metrics=[FID]"), Accelerator(cpu=True)) for n in (19, 20)
-    )
+    few, enough = (opened(config(f"dataset.limit={n}", "evaluation.metrics=[FID]")) for n in (19, 20))
     scores = {"PSNR": 20.0, "PSNR_pooled": 19.0, "rFID": 3.0, "MSE": 10.0}
     caplog.set_level(logging.WARNING)
     assert enough.deciding(scores, "FID") == ("FID", -3.0) and not caplog.records
