@@ -198,9 +198,11 @@ def children_of(task: Path) -> list[str]:
 
 
 def fingerprint(cfg: Any, stage: Any, images: dict[str, str], records: Path) -> str:
-    """What the outcome of a stage depends on: its command, threads, images, and the outputs of earlier stages."""
+    """What the outcome of a stage depends on: command, threads, forced precision, images, outputs of earlier stages."""
     from ssdd.engine.files import read_json, sha256_json
+    from ssdd.engine.precision import forced_precision
 
+    forced = forced_precision()
     inputs = {name: read_json(records / f"{name}.json")["outputs"] for name in stage.inputs}
     return sha256_json(
         {
@@ -210,6 +212,7 @@ def fingerprint(cfg: Any, stage: Any, images: dict[str, str], records: Path) -> 
             "processes": cfg.processes,
             "inputs": {name: sorted(outputs.values()) for name, outputs in inputs.items()},
             "images": images if stage.reads_images else None,
+            **({"precision": forced} if forced else {}),
         }
     )
 

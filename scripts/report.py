@@ -25,7 +25,7 @@ from ssdd.engine.run import RunDirectory
 
 from . import report_plots as plots
 from .report_pictures import Gallery, generation_gallery, reconstruction_gallery
-from .report_results import Evaluation, open_evaluation, provenance, short
+from .report_results import NOT_RECORDED, Evaluation, open_evaluation, provenance, short
 from .report_tables import Table, gap_table, paired_table, quality_table, summary, verdict
 
 if TYPE_CHECKING:
@@ -70,10 +70,11 @@ class Section:
 
 @dataclass(frozen=True)
 class StageRow:
-    """A stage of the pipeline: what it took, and its command."""
+    """A stage of the pipeline: what it took, its precision and its command."""
 
     name: str
     used: str
+    precision: str
     command: str
 
 
@@ -112,7 +113,7 @@ def write_report(cfg: PipelineConfig, stages: Sequence[Stage]) -> str:
     page = render(f"{cfg.name}: from images to generated images", sections, plots.loss_plot(losses), rows)
     write_atomic(directory / "report.html", page)
     text = summary(reconstruction, generation, hidden={f"teacher-{k}" for k in curve_steps(cfg.teacher_steps)})
-    return f"{text}\nreport: {directory / 'report.html'}"
+    return f"{text}\n{precisions(rows)}\nreport: {directory / 'report.html'}"
 
 
 def section(evaluation: Evaluation, number: int, pair: Sequence[str] = ()) -> Section:
@@ -168,7 +169,21 @@ def stage_row(stage: Stage, record: dict[str, Any]) -> StageRow:
     import shlex
 
     used = f"{record['seconds']:.0f} s, {record['peak_memory_bytes'] / 2**30:.1f} GiB"
-    return StageRow(stage.name, used, shlex.join(["python", "-m", stage.module, *stage.arguments]))
+    return StageRow(stage.name, used, precision_of(stage), shlex.join(["python", "-m", stage.module, *stage.arguments]))
+
+
+def precision_of(stage: Stage) -> str:
+    """What a finished stage says of its precision, such as "auto: bf16, AVX512-BF16"."""
+    told = read_json(stage.outputs[-1])
+    return told.get("precision", told.get("encoding", {}).get("precision", {})).get("why", NOT_RECORDED)
+
+
+def precisions(rows: Sequence[StageRow]) -> str:
+    """One line: which stages computed in what."""
+    stages: dict[str, list[str]] = {}
+    for row in rows:
+        stages.setdefault(row.precision, []).append(row.name)
+    return "precision: " + "; ".join(f"{', '.join(names)}: {precision}" for precision, names in stages.items())
 
 
 def render(

@@ -135,6 +135,7 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
         "commit": measured.get("commit") or NOT_RECORDED,
         "date": measured.get("date") or NOT_RECORDED,
         "machine": measured.get("machine") or NOT_RECORDED,
+        "precision": result.get("precision", {}).get("why", NOT_RECORDED),
         "result file": f"{evaluation.folder / 'task_result.json'}, sha256 "
         f"{sha256_file(evaluation.folder / 'task_result.json')}",
         "images": f"{result['count']} {what}",

@@ -40,8 +40,7 @@ class Precision:
         device, why = torch.device(device), name
         where = f"mixed_precision={name}"
         if name == "auto":
-            forced = os.environ.get(VARIABLE, "auto")
-            if forced != "auto":
+            if forced := forced_precision():
                 name, reason, where = forced, VARIABLE, f"{VARIABLE}={forced}"
             elif measuring:
                 name, reason = "no", "measured in float32"
@@ -83,6 +82,12 @@ class Precision:
 
     def __str__(self) -> str:
         return self.why
+
+
+def forced_precision() -> str | None:
+    """What SSDD_PRECISION says that `auto` is, everywhere in this process and the ones it starts; None: nothing."""
+    forced = os.environ.get(VARIABLE, "")
+    return None if forced in ("", "auto") else forced
 
 
 def native_bf16(device: torch.device) -> str:

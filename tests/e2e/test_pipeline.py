@@ -26,6 +26,7 @@ def test_the_chain_ends_with_a_table_and_a_report_and_a_second_run_skips_every_s
     output = chain.run()
     for row in ("teacher-3", "teacher-1", "student-1", "PCA-8", "PCA-Gaussian", "blur"):
         assert re.search(rf"^{row} .*\d", output, re.M), output
+    assert re.search(r"^precision: .*cache: always float32.*samples.*: auto: ", output, re.M), output
     page = (chain.root / "report.html").read_text()
     assert 'src="data:image/png;base64,' in page and "://" not in re.sub(r'src="data:[^"]*"', "", page)
 
@@ -76,6 +77,16 @@ def test_a_changed_setting_repeats_its_stage_and_what_follows_only(pipeline):
     output = pipeline("digits", "dit.training.lr=2e-3").run()
     assert output.count("done before") == 5
     assert not re.search(r"\] (dit|samples|generation): done before", output)
+
+
+@pytest.mark.slow
+def test_a_forced_precision_makes_every_stage_anew_and_the_table_says_so(pipeline, monkeypatch):
+    for precision in ("no", "bf16"):
+        monkeypatch.setenv("SSDD_PRECISION", precision)
+        output = pipeline("digits").run()
+        assert "done before" not in output
+        stages = "tokenizer, student, reconstruction, dit, samples, generation"
+        assert f"classifier, cache: always float32; {stages}: auto: {precision}, SSDD_PRECISION" in output
 
 
 @pytest.mark.slow
