@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -247,15 +248,27 @@ def test_frechet_distance_of_identical_sets_is_zero_and_never_negative(n, dim, k
     assert 0 <= distance < (1e-6 if n > 2 * dim else 1e-5 * a.cov.trace())
 
 
-def test_frechet_distance_of_fewer_images_than_dimensions_is_finite_exact_and_warned_of():
+@pytest.mark.parametrize("keep_features", [True, False])
+def test_frechet_distance_of_fewer_images_than_dimensions_is_finite_exact_and_warned_of(keep_features):
     dim = 30
     few, other = statistics_of(normal(8, dim)), statistics_of(normal(9, dim, seed=1))
+    given = [s if keep_features else replace(s, features=None) for s in (few, other)]
     with pytest.warns(UserWarning, match="[89] images in 30 dimensions"):
-        distance = frechet_distance(few, other)
+        distance = frechet_distance(*given)
     x, y = (s.features.double() - s.mean for s in (few, other))
     cross = torch.linalg.svdvals(x @ y.T).sum() / (7 * 8) ** 0.5  # Tr (A B)^(1/2) of A = X^T X / 7, B = Y^T Y / 8
     expected = (few.mean - other.mean).square().sum() + few.cov.trace() + other.cov.trace() - 2 * cross
     assert distance == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_the_frechet_distance_of_few_images_takes_no_eigenvalues_and_of_features_of_a_part_it_does(monkeypatch):
+    few, other = (statistics_of(normal(8, 30, seed=seed)) for seed in (0, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = frechet_distance(few, other)
+        part = frechet_distance(replace(few, features=few.features[:5]), other)
+        monkeypatch.setattr(torch.linalg, "eigh", None)
+        assert frechet_distance(few, other) == whole == pytest.approx(part, rel=1e-10)
 
 
 def test_a_dimension_that_never_varies_is_warned_of_and_adds_nothing():

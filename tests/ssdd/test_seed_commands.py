@@ -57,7 +57,13 @@ def random_networks(tmp_path, monkeypatch):
     entry = weights.PRETRAINED["vgg16"]
     monkeypatch.setitem(weights.PRETRAINED, "vgg16", replace(entry, sha256=""))
     monkeypatch.setenv("SSDD_WEIGHTS", str(tmp_path))
-    torch.save(vgg16().state_dict(), tmp_path / entry.filename)
+    with torch.device("meta"):  # of 138 million weights LPIPS reads the 15 million of the convolutions
+        convolutions = vgg16(init_weights=False).features
+    for layer in convolutions.to_empty(device="cpu"):
+        if isinstance(layer, torch.nn.Conv2d):  # as torchvision draws them
+            torch.nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            torch.nn.init.zeros_(layer.bias)
+    torch.save({f"features.{k}": v for k, v in convolutions.state_dict().items()}, tmp_path / entry.filename)
     save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit_tiny_patch16_224.safetensors")
 
 
