@@ -27,6 +27,7 @@ from dit.layers import sincos_position_table
 from dit.model import SIZES, DiT, read_config
 from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ def _as_sit(weights: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[st
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The (averaged) weights under their plain names, and what else the file records."""
+    check_regular(path)
     if path.suffix == ".safetensors":
         content: Any = load_tensors(path)
     else:

@@ -30,6 +30,7 @@ from dit.layers import (
 )
 from ssdd.engine.checkpoint import load_tensors, resolve, save_tensors
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.recompute import run_block
 
 # name: (depth, width, heads). S to XL are the paper's (table 1), 1p0B and 1p6B LightningDiT's (1.0 and 1.6 billion
@@ -278,6 +279,7 @@ def read_config(file: Path) -> dict[str, Any] | None:
     """The constructor's arguments in the metadata of a safetensors file of ours, None in any other weights file."""
     if file.suffix != ".safetensors":
         return None
+    check_regular(file)
     try:
         with safe_open(file, framework="pt") as handle:
             config = (handle.metadata() or {}).get("dit")

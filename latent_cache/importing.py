@@ -25,6 +25,7 @@ from latent_cache.normalise import normalise_shards, progress, statistics_of
 from latent_cache.peers import fast_dit, lightningdit, repa
 from latent_cache.peers.block import PeerLatents
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import read_json
 from ssdd.engine.image_files import ImageFiles
 from ssdd.engine.processes import Processes
@@ -59,6 +60,7 @@ def import_latents(cfg: ImportConfig) -> dict:
 
 def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
     """The latents and their origin. UserError where they do not agree with each other or with the keys."""
+    check_regular(source / ORIGIN)
     told = read_json(source / ORIGIN) if (source / ORIGIN).is_file() else None
     if told is not None:
         if told.get("format") != ORIGIN_FORMAT or told.get("version") != VERSION or told["layout"] != cfg.format:

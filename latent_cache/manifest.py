@@ -8,6 +8,7 @@ from typing import Any
 
 from latent_cache.shard import ShardLayout
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import sha256_json, write_json
 
 FORMAT = "ssdd-latent-cache"
@@ -38,6 +39,7 @@ def load_manifest(folder: str | Path) -> dict:
     """Read and check the manifest of a cache. UserError when there is none, or one that this code can't trust."""
     folder = Path(folder)
     path = folder / MANIFEST
+    check_regular(path)
     if not path.is_file():
         unfinished = (folder / ".partial").is_dir()
         remedy = "its build was interrupted, run it again" if unfinished else "build one, or name another folder"

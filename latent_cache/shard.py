@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import sha256_file
 
 BLOCK = tarfile.BLOCKSIZE  # 512: a tar is made of such blocks
@@ -136,6 +137,7 @@ class Shard:
 
     def __init__(self, path: Path, layout: ShardLayout, samples: range) -> None:
         self.path, self.layout, self.samples = path, layout, samples
+        check_regular(path)
         size = path.stat().st_size if path.is_file() else None
         expected = layout.file_bytes(len(samples))
         if size != expected:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ssdd.decoder import DECODER_SIZES, DEFAULT_WINDOW
 from ssdd.engine.errors import UserError, first_line
+from ssdd.engine.file_kinds import check_regular
 
 log = logging.getLogger(__name__)
 Weights = dict[str, Tensor]
@@ -24,6 +25,7 @@ Weights = dict[str, Tensor]
 
 def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
     """Tensors and metadata of a weights file. UserError if it cannot be read whole."""
+    check_regular(path)
     if path.suffix == ".safetensors":
         try:
             with safe_open(str(path), framework="pt") as file:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.noise import indexed_noise
 from ssdd.latent import DiagonalGaussian
 
@@ -72,6 +73,7 @@ class PeerLatents:
 
 def read_npy(path: Path) -> np.ndarray:
     """A .npy file as an array of numbers. UserError for one that is missing, damaged or holds objects."""
+    check_regular(path)
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as problem:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from latent_cache.peers.block import Block, PeerLatents, checked_rows
 from ssdd.engine.checkpoint import save_tensors
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 
 STATS = "latents_stats.pt"
 BLOCK = 10_000
@@ -58,6 +59,7 @@ def open_peer(folder: Path, divide: float) -> PeerLatents:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} is not a cache of LightningDiT: no file *.safetensors")
+    check_regular(folder / STATS)
     statistics = read_statistics(folder / STATS) if (folder / STATS).is_file() else None
     labels, shapes, flips = [], {}, {}
     for path in files:
@@ -97,6 +99,7 @@ def open_peer(folder: Path, divide: float) -> PeerLatents:
 
 def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(mean, std), float32 [C] each. UserError for anything but tensors in the file; nothing in it is ever run."""
+    check_regular(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         return found["mean"].float().flatten().numpy(), found["std"].float().flatten().numpy()
@@ -109,6 +112,7 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _opened(path: Path) -> safe_open:
+    check_regular(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as problem:

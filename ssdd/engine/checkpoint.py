@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import plain, sync_folder, write_atomic
 from ssdd.engine.sharding import laid_out_as
 
@@ -145,6 +146,7 @@ def save_tensors(
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a safetensors file to the CPU. :class:`UserError` when it is damaged."""
+    check_regular(path)
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -200,6 +202,8 @@ def resolve(reference: str, ckpt_dir: str | os.PathLike[str]) -> Path:
     if not reference:
         raise UserError("empty checkpoint reference; give a run name, run@best, a directory or a .safetensors file")
     jobs, path = Path(ckpt_dir) / "jobs", Path(reference).expanduser()
+    if path.suffix in SUFFIXES and not path.is_dir():
+        check_regular(path)
     if path.is_file():
         if path.suffix in SUFFIXES:
             return path

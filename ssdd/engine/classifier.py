@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import write_atomic
 from ssdd.engine.noise import batch_generator, seed_of
 from ssdd.engine.pictures import from_uint8
@@ -73,6 +74,7 @@ class SmallClassifier(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> SmallClassifier:
         """Read a file written by `save`, in evaluation mode. UserError when it is missing or something else."""
+        check_regular(path)
         try:
             with safe_open(str(path), framework="pt") as file:
                 config = json.loads((file.metadata() or {})[METADATA_KEY])

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ssdd.engine.errors import UserError, first_line
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import plain
 
 T = TypeVar("T")
@@ -158,6 +159,7 @@ def _named_file(key: str, kind: str, name: str) -> Path:
     path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else configs_dir() / kind / f"{name}.yaml"
     if path.is_file():
         return path
+    check_regular(path)
     names = available(kind)
     near = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {key}={near[0]}?" if near else f"available: {', '.join(names) or 'none'}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from ssdd.engine.errors import UserError, full_disk
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import sync_folder
 
 ATTEMPTS = 4
@@ -41,6 +42,8 @@ class RemoteFolder:
     def open(self, name: str) -> BinaryIO:
         """File `name` of the folder for reading. UserError when this kind of URL can't be read here."""
         filesystem, path = self._resolve(name)
+        if "file" in filesystem.protocol:
+            check_regular(path)
         return filesystem.open(path, "rb")
 
     def local(self, name: str = "") -> Path | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -58,6 +59,7 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file. :class:`UserError` when it is missing or not JSON."""
+    check_regular(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -68,6 +70,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, as 64 hex digits."""
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

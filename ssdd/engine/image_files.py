@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import other_kind
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HASHED_BYTES = 1 << 30  # a set up to this size is fingerprinted by content, a larger one by names and sizes
@@ -36,18 +37,20 @@ class ImageFiles:
         return ImageFiles(self.folder, [self.names[i] for i in indices])
 
     def add_to(self, digest: hashlib._Hash) -> None:
-        sizes = [(self.folder / name).stat().st_size for name in self.names]
-        add_files(digest, self.names, sizes, lambda index: (self.folder / self.names[index]).read_bytes())
+        paths = [self.folder / name for name in self.names]
+        kinds = [other_kind(path) for path in paths]  # what is not a file has no content
+        sizes = [kind or path.stat().st_size for path, kind in zip(paths, kinds, strict=True)]
+        add_files(digest, self.names, sizes, lambda index: b"" if kinds[index] else paths[index].read_bytes())
 
 
 def decode_rgb(file: Path | BinaryIO, where: str) -> Image.Image:
     """Decode an encoded picture as PIL RGB. UserError that says `where` it lies when it can't be read."""
     try:
-        with Image.open(file) as image:
+        with _opened(file) as image:
             return image.convert("RGB")
     except Exception as problem:  # a damaged file makes the decoders raise almost anything
         raise UserError(
-            f"can't read the image {where}: {type(problem).__name__}: {problem}. "
+            f"can't read the image {where}: {_reason(problem)}. "
             "Replace or remove the file, or set dataset.on_corrupt=skip to leave such images out"
         ) from problem
 
@@ -55,15 +58,34 @@ def decode_rgb(file: Path | BinaryIO, where: str) -> Image.Image:
 def stored_as(file: Path | BinaryIO, where: str) -> tuple[str, int, int]:
     """(format and mode, width, height) that the picture's header tells; errors as of `decode_rgb`."""
     try:
-        with Image.open(file) as image:
+        with _opened(file) as image:
             return f"{image.format} {image.mode}", *image.size
     except Exception as problem:  # a damaged file makes the decoders raise almost anything
-        raise UserError(f"can't read the image {where}: {type(problem).__name__}: {problem}. Remove it") from problem
+        raise UserError(f"can't read the image {where}: {_reason(problem)}. Remove it") from problem
 
 
-def add_files(digest: hashlib._Hash, names: Sequence[str], sizes: Sequence[int], content: Callable[[int], bytes]):
-    """Update `digest` with names and sizes, and with the content of each file unless all together are large."""
-    by_content = sum(sizes) <= HASHED_BYTES
+class NotRegular(Exception):
+    """A picture's path leads to something that is not a regular file: a named pipe, a folder, a broken link."""
+
+
+def _opened(file: Path | BinaryIO) -> Image.Image:
+    if isinstance(file, Path) and (kind := other_kind(file)) is not None:
+        raise NotRegular(f"it is {kind}, not a regular file")
+    return Image.open(file)
+
+
+def _reason(problem: Exception) -> str:
+    return str(problem) if isinstance(problem, NotRegular) else f"{type(problem).__name__}: {problem}"
+
+
+def add_files(
+    digest: hashlib._Hash, names: Sequence[str], sizes: Sequence[int | str], content: Callable[[int], bytes]
+) -> None:
+    """Update `digest` with names and sizes, and with the content of each file unless all together are large.
+
+    sizes: in bytes, or what lies there in place of a file.
+    """
+    by_content = sum(size for size in sizes if isinstance(size, int)) <= HASHED_BYTES
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
         digest.update(f"{name}\0{size}\0".encode())
         if by_content:

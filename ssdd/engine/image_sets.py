@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.image_files import IMAGE_SUFFIXES, ImageFiles
 from ssdd.engine.images import adm_crop, centre_crop, resize_short_side
 from ssdd.engine.shards import ShardedImages, index_tar, pictures_of
@@ -131,6 +132,8 @@ def open_set(path: str | Path, im_size: int | None = None, crop: str = "adm") ->
     path = Path(path)
     if im_size is not None and im_size < 1:
         raise UserError(f"im_size={im_size}: expected a positive number of pixels, or null")
+    if not path.is_dir():
+        check_regular(path)
     if path.is_dir():
         return _Pictures(path, _pictures_below(path), im_size, crop)
     if path.suffix.lower() == ".tar" and path.is_file():
@@ -146,7 +149,7 @@ def _pictures_below(path: Path) -> ImageFiles | ShardedImages:
     """The image files of a folder, or the pictures of its shards where it has no image file."""
     names = sorted(
         os.path.relpath(os.path.join(folder, name), path)
-        for folder, _, files in os.walk(path, followlinks=True)
+        for folder, files in _folders_below(path)
         for name in files
         if name.lower().endswith((*IMAGE_SUFFIXES, ".tar")) and not name.startswith(".")
     )
@@ -157,6 +160,15 @@ def _pictures_below(path: Path) -> ImageFiles | ShardedImages:
             f"no images in {path}: expected files {', '.join(IMAGE_SUFFIXES)} or .tar, also in folders below it"
         )
     return _in_shards([path / name for name in names])
+
+
+def _folders_below(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, files in it), links to folders followed. UserError for one that leads in a circle."""
+    for folder, folders, files in os.walk(path, followlinks=True):
+        for link in (Path(folder, name) for name in folders):
+            if link.is_symlink() and Path(folder).resolve().is_relative_to(link.resolve()):
+                raise UserError(f"{link} leads back to {link.resolve()}, where it lies itself: remove the link")
+        yield folder, files
 
 
 def _in_shards(tars: list[Path]) -> ShardedImages:
@@ -226,6 +238,7 @@ class _Npz(ImageSet):
 
 
 def _npz(path: Path) -> zipfile.ZipFile:
+    check_regular(path)
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as problem:

@@ -22,6 +22,7 @@ from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.features import FeatureNetwork
 from ssdd.engine.fidelity import Statistics
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import sha256_file, sha256_json
 from ssdd.engine.image_sets import NPZ_IMAGES, ImageSet, Treatment, open_set
 from ssdd.engine.scores import Collected, drawn_indices
@@ -87,6 +88,7 @@ def save_statistics(path: str | Path, statistics: Statistics, provenance: dict[s
 
 def load_statistics(path: str | Path) -> tuple[Statistics, dict[str, Any]]:
     """Statistics and provenance as given to `save_statistics`; UserError when the file is of another kind."""
+    check_regular(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -190,6 +192,7 @@ def _adm_file(path: Path, images: ImageSet | None) -> tuple[Statistics, dict[str
 
 def _torch_fidelity_file(path: Path) -> tuple[Statistics, dict[str, Any]]:
     """`NAME-EXTRACTOR-stat-fid-LAYER.pt` of torch-fidelity's cache: a dict of the arrays mu and sigma."""
+    check_regular(path)
     numpy = np._core if hasattr(np, "_core") else np.core
     harmless = [numpy.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]
     try:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from ssdd.engine.errors import UserError, full_disk
 from ssdd.engine.fetch import BLOCK, MissingFile, RemoteFolder, cache_folder, locked
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import read_json, write_atomic
 from ssdd.engine.image_files import add_files, decode_rgb, stored_as
 
@@ -171,6 +172,7 @@ def index_tar(path: Path, where: str = "", labelled: bool = True) -> list[Entry]
     labelled: whether every picture must have a label; otherwise none is read, and all are -1.
     """
     where = where or str(path)
+    check_regular(path)
     pictures: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, dict[str, bytes]] = {}
     with open(path, "rb") as file:

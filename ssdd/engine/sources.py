@@ -16,7 +16,8 @@ from PIL import Image
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.fetch import cache_folder
-from ssdd.engine.image_files import IMAGE_SUFFIXES, ImageFiles
+from ssdd.engine.file_kinds import check_regular, other_kind
+from ssdd.engine.image_files import IMAGE_SUFFIXES, ImageFiles, decode_rgb
 from ssdd.engine.noise import seed_of
 from ssdd.engine.shards import ShardedImages, open_shards
 
@@ -144,7 +145,8 @@ def open_source(cfg: DatasetConfig, split: str) -> ImageSource:
     elif cfg.source == "fashion_mnist":
         pictures, labels, class_names = _fashion_mnist(cfg.root, split)
     elif cfg.source == "imagefolder":
-        pictures, labels, class_names = _image_folder(Path(cfg.root or cfg.imagenet_root), split)
+        root = Path(cfg.root or cfg.imagenet_root)
+        pictures, labels, class_names = _image_folder(root, split, check=cfg.on_corrupt == "error")
     elif cfg.source == "webdataset":
         if not cfg.root:
             raise UserError("dataset.source=webdataset needs dataset.root=FOLDER_OR_URL of the shards")
@@ -252,6 +254,7 @@ def _download_pair(root: str | None, folders: Sequence[Path], names: tuple[str, 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """Read an IDX file of unsigned bytes (http://yann.lecun.com/exdb/mnist), gzipped or not."""
     try:
+        check_regular(path)
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
         if magic != 0x800 + dimensions:
@@ -261,8 +264,11 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
         raise UserError(f"{path} is not a whole IDX file: {problem}. Fetch it again") from problem
 
 
-def _image_folder(root: Path, split: str) -> tuple[ImageFiles, np.ndarray, list[str]]:
-    """Files of ROOT/SPLIT/CLASS/, classes numbered in the sorted order of their names over both splits."""
+def _image_folder(root: Path, split: str, check: bool) -> tuple[ImageFiles, np.ndarray, list[str]]:
+    """Files of ROOT/SPLIT/CLASS/, classes numbered in the sorted order of their names over both splits.
+
+    check: UserError at once for what has an image's name and is not a file; else it is an unreadable image.
+    """
     layout = f"expected {root}/train/CLASS/*.png and {root}/val/CLASS/*.png (also {', '.join(IMAGE_SUFFIXES[1:])})"
     if not (root / split).is_dir():
         missing = root / split if root.is_dir() else root
@@ -274,7 +280,11 @@ def _image_folder(root: Path, split: str) -> tuple[ImageFiles, np.ndarray, list[
         folder = root / split / class_name
         if not folder.is_dir():
             continue
-        files = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_SUFFIXES))
+        entries = [entry for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        for entry in entries:
+            if check and not entry.is_file(follow_symlinks=False) and other_kind(entry.path):
+                decode_rgb(Path(entry.path), entry.path)  # says what it is
+        files = sorted(entry.name for entry in entries)
         names.extend(f"{split}/{class_name}/{name}" for name in files)
         labels.extend([label] * len(files))
     if not names:
@@ -283,4 +293,8 @@ def _image_folder(root: Path, split: str) -> tuple[ImageFiles, np.ndarray, list[
 
 
 def _folders(path: Path) -> list[os.DirEntry[str]]:
-    return [entry for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]
+    entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+    for entry in entries:
+        if entry.is_symlink() and "link" in (other_kind(entry.path) or ""):  # of a class, which would go missing
+            check_regular(entry.path)
+    return [entry for entry in entries if entry.is_dir()]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssdd.engine.checkpoint import load_tensors as read_safetensors
 from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import sha256_file
 
 SEARCH_VARIABLE = "SSDD_WEIGHTS"
@@ -153,6 +154,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a state dict, safetensors or torch format, without running any code in it (weights_only)."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    check_regular(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # unpickling raises almost anything on a damaged file
