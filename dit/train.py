@@ -172,7 +172,8 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         wandb=training.wandb,
     )
     with StopRequest() as stop, progress:
-        progress.message(f"precision {precision}")
+        progress.message(precision.headline(state))
+        state["precision"] = precision.name
         for step in range(start, training.steps):
             # Data and draws of this step.
             (z, y, _), x = throughput.next(batches)  # [b, C, h, w], [b], and for REPA [b, 3, H, W]

@@ -197,7 +197,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         wandb=training.wandb,
     )
     with StopRequest() as stop, progress:
-        progress.message(f"precision {precision}")
+        progress.message(precision.headline(state))
+        state["precision"] = precision.name
         for step in range(start, steps):
             # Data and draws of this step.
             x, _, indices, epoch = throughput.next(batches)

@@ -130,6 +130,21 @@ def test_an_unfinished_build_of_other_settings_is_refused(settings, tmp_path, mo
     assert LatentDataset(tmp_path, verify="full").manifest["samples_per_shard"] == 5
 
 
+def test_the_manifest_has_the_cpu_capability_that_its_bytes_depend_on(settings, tmp_path, monkeypatch):
+    small = {"dataset": {"limit": 10}}
+    monkeypatch.setattr("ssdd.engine.precision.cpu_capability", lambda: "AVX2")
+    cfg = settings(tmp_path / "cache", **small)
+    assert build(cfg)["encoding"]["precision"] == {"mixed_precision": "no", "why": "always float32", "cpu": "AVX2"}
+    unfinished = settings(tmp_path / "unfinished", **small)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build_module, "normalise_shards", interrupt)
+        build(unfinished)
+    monkeypatch.setattr("ssdd.engine.precision.cpu_capability", lambda: "AVX512")
+    assert build(cfg)["encoding"]["precision"]["cpu"] == "AVX2"  # finished: nothing is left to encode
+    with pytest.raises(UserError, match=r"unfinished build .*encoding\.precision\.cpu: AVX2, wanted AVX512"):
+        build(unfinished)
+
+
 def test_what_killed_processes_left_is_removed_before_the_build_goes_on(settings, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(build_module, "normalise_shards", interrupt)
