@@ -2,7 +2,7 @@
 
 Every random draw of a step comes from one generator seeded by (seed, stream, step) for the whole global batch, of which
 each process keeps its rows: a run does not depend on the number of processes, and a resumed run draws what it would
-have drawn.
+have drawn. Equal bytes are promised for one kind of machine, number of threads and precision (docs/reliability.md).
 """
 
 from __future__ import annotations

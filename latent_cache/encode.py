@@ -2,6 +2,7 @@
 
 The last bits of a latent depend on the batch it was encoded in. So the batches are fixed by sample index inside each
 shard, the last one is filled up with copies of its last image, and every process computes with the same settings.
+Shards are equal byte for byte on CPUs of one capability, which the manifest records, and equal to rounding on others.
 """
 
 from __future__ import annotations
