@@ -2,8 +2,9 @@
 
 Sample i depends on the weights, the settings and i alone. Samples are drawn in chunks fixed by index (the last one is
 filled up with samples that are then dropped), so a set is the same bytes on any number of processes, and a smaller set
-is the beginning of a larger one, on machines of one kind (docs/reliability.md). Result: `latents.safetensors` (z_n float32 [n, C, h, w] as the generator sees them,
-labels int64 [n]), `z_stats.json` (to denormalise them), `speed.json` and `sample_set.json`.
+is the beginning of a larger one, on machines of one kind (docs/reliability.md). Result: `latents.safetensors` (z_n
+float32 [n, C, h, w] as the generator sees them, labels int64 [n]), `z_stats.json` (to denormalise them), `speed.json`
+and `sample_set.json`.
 """
 
 from __future__ import annotations
