@@ -11,7 +11,7 @@ import torch
 
 from latent_cache.build import build
 from latent_cache.config import BuildConfig, adm_images
-from latent_cache.processes import exact_arithmetic
+from latent_cache.arithmetic import exact_arithmetic
 from scripts.bench_table import Column, Results, bench_device, check_positive, print_head, print_machine, print_row
 from ssdd import SSDD
 from ssdd.engine.config import parse
@@ -103,7 +103,7 @@ def measure(root: Path, name: str, tokenizer: SSDD, settings: Settings, device: 
         threads=settings.threads,
     )
     pixels = read_split(dataset, "train")[0].to(device).split(settings.batch)
-    with exact_arithmetic(settings.threads), torch.no_grad():
+    with exact_arithmetic(device, settings.threads), torch.no_grad():
         tokenizer.encode(from_uint8(pixels[0]))  # warm-up
         synchronize(device)
         began = time.perf_counter()
