@@ -122,7 +122,7 @@ def _prepare(worker: int) -> None:
 
 def _end_worker(problem: Exception, batch: Any) -> None:
     """What can't be handed over is lost, so the worker ends, which its owner sees."""
-    os.write(2, f"a worker can't hand over its batch: {problem}\\n".encode())
+    os.write(2, f"a worker can't hand over its batch: {problem}\n".encode())
     os._exit(1)
 
 
