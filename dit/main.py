@@ -15,7 +15,10 @@ def main(argv: list[str] | None = None) -> int:
     from dit.config import DiTConfig
     from ssdd.engine.config import parse
     from ssdd.engine.errors import UserError, full_disk
+    from ssdd.engine.locale_independence import use_utf8
 
+    if argv is None:
+        use_utf8()
     try:
         cfg = parse(
             DiTConfig,

@@ -11,6 +11,7 @@ from latent_cache.config import BuildConfig, ExportConfig, ImportConfig, InfoCon
 from ssdd.engine.config import help_text, parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
+from ssdd.engine.locale_independence import use_utf8
 
 COMMANDS = {
     "build": (BuildConfig, "Encode images once and store their normalised latents in WebDataset shards."),
@@ -28,6 +29,8 @@ PROGRAM = "python -m latent_cache"
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a damaged cache, 2 for a UserError."""
+    if argv is None:
+        use_utf8()
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

@@ -22,6 +22,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
 from ssdd.engine.images import DatasetConfig, ImageDataset, ImageSource
 from ssdd.engine.pictures import from_uint8
+from ssdd.engine.workers import read_by_workers
 from ssdd.tokenizer import SSDD
 
 
@@ -72,10 +73,12 @@ class Images(torch.utils.data.Dataset):
 
     def read(self, batches: list[Batch], workers: int) -> Iterator[tuple[Batch, Tensor]]:
         """Batches with their pixels, decoded here or in worker processes."""
-        loader = torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=batches, num_workers=workers, generator=torch.Generator()
-        )
-        for batch, pixels in zip(batches, loader, strict=True):
+        if workers == 0:
+            found: Iterator[Tensor | UserError] = map(self.__getitem__, batches)
+        else:
+            row = 3 * next(iter(self.datasets.values())).cfg.im_size ** 2
+            found = read_by_workers(self, batches, workers, lambda batch: len(batch.numbers) * row)
+        for batch, pixels in zip(batches, found, strict=True):
             if isinstance(pixels, UserError):
                 raise pixels
             yield batch, pixels

@@ -33,7 +33,10 @@ REPEATS = 3
 def main(argv: list[str] | None = None) -> int:
     """Run the measurement that is asked for."""
     from ssdd.engine.errors import UserError
+    from ssdd.engine.locale_independence import use_utf8
 
+    if argv is None:
+        use_utf8()
     argv = sys.argv[1:] if argv is None else argv
     try:
         return run(argv)
@@ -70,7 +73,7 @@ def scaling() -> int:
         first = None
         for side in SIDES:
             command = [sys.executable, "-m", "scripts.bench", "_measure", what, str(side)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout)
             seconds, memory = found["seconds"], found["peak_bytes"] / 2**30
             pixel = seconds / side**2 * 1e9
             first = first or pixel

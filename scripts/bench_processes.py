@@ -66,7 +66,7 @@ class Child:
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
         command = [sys.executable, str(Path(__file__).with_name("bench.py")), "_serve", json.dumps(job)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
     def __enter__(self) -> Child:
         return self
@@ -94,7 +94,7 @@ class Child:
 
 def serve(job: dict[str, Any]) -> int:
     """The child's side, until its input ends."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
     device = bench_device()
 
@@ -119,7 +119,7 @@ def _forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError):  # elsewhere than on Linux the peak is that of the whole process
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _seconds(work: Work, device: torch.device) -> dict[str, float]:

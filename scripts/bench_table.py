@@ -98,7 +98,7 @@ def print_machine(device: torch.device) -> None:
 def _processor() -> str:
     """The CPU's name as Linux tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return "CPU"
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -27,6 +27,7 @@ from ssdd.config import SSDDConfig
 from ssdd.engine.config import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_atomic, write_json
+from ssdd.engine.locale_independence import use_utf8
 from ssdd.engine.sources import DatasetConfig
 
 ENCODER, CLASSIFIER = "encoder", "classifier"
@@ -80,6 +81,8 @@ class EvidenceConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Train and evaluate what is missing, then print the table; 2 after an error that the user can mend."""
+    if argv is None:
+        use_utf8()
     try:
         cfg = parse(
             EvidenceConfig, sys.argv[1:] if argv is None else argv, program="evidence", description=__doc__ or ""
@@ -161,7 +164,9 @@ def command(arguments: list[str]) -> None:
     package_root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(package_root)}
     argv = [sys.executable, "-m", "ssdd.main", *arguments]
-    done = subprocess.run(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         raise UserError(f"{options['run_name']} failed: {done.stdout[-2000:]}")
 

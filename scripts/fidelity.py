@@ -27,6 +27,7 @@ from ssdd.engine.fidelity import Statistics
 from ssdd.engine.files import write_json
 from ssdd.engine.image_sets import check_comparable
 from ssdd.engine.kid import KernelEstimate, kernel_distance_of_subsets
+from ssdd.engine.locale_independence import use_utf8
 from ssdd.engine.reference import SetToMeasure, default_cache
 from ssdd.engine.scores import IMAGES_A_DIMENSION, compare, frechet_floor, load_networks, paired_differences
 
@@ -68,6 +69,8 @@ class FidelityConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare, print a table, write the result. 2 for an error that the user can mend."""
+    if argv is None:
+        use_utf8()
     argv = sys.argv[1:] if argv is None else argv
     paths = [word for word in argv if not word.startswith("-") and ("=" not in word or Path(word).exists())]
     try:

@@ -32,11 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run or continue the pipeline: 2 after an error that the user can mend, 3 when stopped, or a failed stage's."""
     from ssdd.engine.config import configs_dir, parse
     from ssdd.engine.errors import UserError
+    from ssdd.engine.locale_independence import use_utf8
     from ssdd.engine.sources import open_source
 
     from .report import write_report
     from .stages import PipelineConfig, build_stages
 
+    if argv is None:
+        use_utf8()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and "=" not in argv[0] and not argv[0].startswith("-"):
         path = Path(argv[0])
@@ -113,7 +116,7 @@ class StopSignals:
 def hold_lock(root: Path) -> IO[str]:
     """The open, locked file of a pipeline's folder; stages inherit it, so that the lock outlives a killed pipeline."""
     root.mkdir(parents=True, exist_ok=True)
-    lock = (root / ".lock").open("a")
+    lock = (root / ".lock").open("a", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -194,7 +197,7 @@ def largest_peak(process: int) -> int:
 
 def children_of(task: Path) -> list[str]:
     path = task / "children"
-    return path.read_text().split() if path.is_file() else []
+    return path.read_text(encoding="utf-8").split() if path.is_file() else []
 
 
 def fingerprint(cfg: Any, stage: Any, images: dict[str, str], records: Path) -> str:

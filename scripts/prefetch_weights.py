@@ -27,6 +27,7 @@ if __name__ == "__main__":  # run as a path or with -m: become the package's mod
 from ssdd.engine.config import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file, sync_folder
+from ssdd.engine.locale_independence import use_utf8
 from ssdd.engine.weights import PRETRAINED, SEARCH_VARIABLE, TIMM_PREFIX, PretrainedWeights, lookup, search_path, verify
 
 ATTEMPTS = 4
@@ -49,6 +50,8 @@ class PrefetchConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Download or list. 2 for an error that the user can mend, 130 after an interruption."""
+    if argv is None:
+        use_utf8()
     try:
         cfg = parse(
             PrefetchConfig, sys.argv[1:] if argv is None else argv, program="prefetch_weights", description=__doc__

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # run as a path: become scripts.report, whose relati
 from ssdd.engine.config import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_atomic
+from ssdd.engine.locale_independence import use_utf8
 from ssdd.engine.run import RunDirectory
 
 from . import report_plots as plots
@@ -80,6 +81,8 @@ class StageRow:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the page; 2 for an error that the user can mend."""
+    if argv is None:
+        use_utf8()
     argv = sys.argv[1:] if argv is None else argv
     paths = [word for word in argv if not word.startswith("-") and ("=" not in word or Path(word).exists())]
     try:

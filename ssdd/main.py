@@ -17,7 +17,10 @@ def main(argv: list[str] | None = None) -> int:
     from ssdd.config import SSDDConfig
     from ssdd.engine.config import parse
     from ssdd.engine.errors import UserError, full_disk
+    from ssdd.engine.locale_independence import use_utf8
 
+    if argv is None:
+        use_utf8()
     try:
         cfg = parse(
             SSDDConfig,

@@ -87,6 +87,6 @@ def add_files(
     """
     by_content = sum(size for size in sizes if isinstance(size, int)) <= HASHED_BYTES
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        digest.update(f"{name}\0{size}\0".encode())
+        digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
         if by_content:
             digest.update(hashlib.sha256(content(index)).digest())

@@ -7,7 +7,6 @@ count, process count or where training was resumed. Resizing is that of the pape
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -16,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from ssdd.engine.errors import UserError
-from ssdd.engine.interrupt import SIGNALS
 from ssdd.engine.noise import seed_of
 from ssdd.engine.pictures import from_uint8, to_uint8
 from ssdd.engine.sources import DatasetConfig, ImageSource, open_source, random_state
+from ssdd.engine.workers import read_by_workers
 
 __all__ = [
     "DatasetConfig", "ImageDataset", "ImageSource", "eval_batches", "open_source", "read_batches", "read_split",
@@ -209,33 +208,15 @@ Rows = tuple[list[Key], Tensor, Tensor, Tensor]
 
 def read_batches(dataset: ImageDataset, keys: Iterable[list[Key]], workers: int) -> Iterator[Rows]:
     """Decode batch after batch, here or in worker processes: (keys, uint8 [b, 3, H, W], labels [b], indices [b])."""
-    reader = _BatchReader(dataset)
     if workers == 0:
-        batches: Iterable[Rows | UserError] = map(reader.__getitem__, keys)
+        batches: Iterable[Rows | UserError] = map(_BatchReader(dataset).__getitem__, keys)
     else:
-        batches = torch.utils.data.DataLoader(
-            reader,
-            batch_size=None,
-            sampler=keys,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_ignore_stop_signals,
-            generator=torch.Generator(),  # its own, so that the global stream stays where it is
-        )
+        row = 3 * dataset.cfg.im_size**2
+        batches = read_by_workers(_BatchReader(dataset), keys, workers, lambda batch: len(batch) * row)
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
         yield batch
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    """A signal to the whole process group must not end the workers: their owner still checkpoints."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _as_it_is(batch: Rows | UserError) -> Rows | UserError:
-    return batch
 
 
 class _BatchReader(torch.utils.data.Dataset):

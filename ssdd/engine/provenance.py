@@ -38,7 +38,10 @@ def commit() -> str | None:
         return None
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        return subprocess.run(describe, check=True, capture_output=True, text=True, timeout=30).stdout.strip() or None
+        return (
+            subprocess.run(describe, check=True, capture_output=True, encoding="utf-8", timeout=30).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -56,6 +59,6 @@ def machine(device: torch.device) -> str:
 def processor() -> str:
     """The processor's name as Linux tells it, elsewhere as Python does."""
     told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.is_file() else []
+    lines = told.read_text(encoding="utf-8", errors="replace").splitlines() if told.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

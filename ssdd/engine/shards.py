@@ -83,7 +83,7 @@ def open_shards(root: str, split: str, cache_dir: str | None = None) -> tuple[Sh
     """
     folder, names = _find(root, split)
     cache = Path(cache_dir) if cache_dir else cache_folder() / "shards"
-    place = cache / sha256(str(folder.local() or folder.url).encode()).hexdigest()[:16]
+    place = cache / sha256(str(folder.local() or folder.url).encode(errors="surrogateescape")).hexdigest()[:16]
     try:
         place.mkdir(parents=True, exist_ok=True)
         with locked(place), ThreadPoolExecutor(THREADS) as pool:  # of many processes, the first does the work

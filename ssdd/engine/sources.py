@@ -103,7 +103,7 @@ class ImageSource:
         """Hex sha256 of what the source holds: labels, class names, order and pictures, not where it lies."""
         digest = hashlib.sha256()
         for part in (self.name, self.split, *self.class_names):
-            digest.update(part.encode() + b"\0")
+            digest.update(part.encode(errors="surrogateescape") + b"\0")
         digest.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
         self.pictures.add_to(digest)
         return digest.hexdigest()

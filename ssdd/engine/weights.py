@@ -200,7 +200,7 @@ def _hub_files(name: str) -> list[Path]:
     """The downloads of timm/MODEL: that of its main branch, then those of other revisions."""
     folder = _hub_folder(name)
     main = folder / "refs" / "main"
-    current = main.read_text().strip() if main.is_file() else None
+    current = main.read_text(encoding="utf-8").strip() if main.is_file() else None
     files = sorted(folder.glob("snapshots/*/model.safetensors"))
     return sorted(files, key=lambda file: file.parent.name != current)
 
