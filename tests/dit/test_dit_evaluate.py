@@ -33,6 +33,8 @@ def evaluate(folder, *arguments: str) -> dict:
     tokenizer = folder / "tokenizer"
     argv = [
         "task=evaluate",
+        "sampling.mixed_precision=no",
+        "evaluation.mixed_precision=no",
         f"samples={folder / 'samples'}",
         f"ckpt_dir={folder}",
         f"out={folder / 'evaluation'}",

@@ -51,6 +51,8 @@ def folder(tmp_path: Path) -> Path:
 def arguments(folder: Path, *more: str, out: str = "evaluation", run_name: str = "dit") -> list[str]:
     return [
         "task=evaluate",
+        "sampling.mixed_precision=no",
+        "evaluation.mixed_precision=no",
         f"run_name={run_name}",
         f"ckpt_dir={folder / out}",
         f"out={folder / out}",

@@ -30,7 +30,7 @@ from ssdd.latent import LatentNorm
 from tests.golden import fill_state_dict
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLING = SamplingConfig(n=10, steps=3, batch_size=4, cfg_scale=2.0)
+SAMPLING = SamplingConfig(n=10, steps=3, batch_size=4, cfg_scale=2.0, mixed_precision="no")
 
 
 @pytest.fixture
