@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from latent_cache.arithmetic import exact_arithmetic
 from latent_cache.build import build
 from latent_cache.config import BuildConfig, adm_images
-from latent_cache.arithmetic import exact_arithmetic
 from scripts.bench_table import Column, Results, bench_device, check_positive, print_head, print_machine, print_row
 from ssdd import SSDD
 from ssdd.engine.config import parse
