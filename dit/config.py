@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dit.interop import FAMILIES
+from dit.foreign_checkpoints import FAMILIES
 from dit.model import NAMES
 from dit.samplers import DIFFUSIONS
 from dit.samplers import NAMES as SAMPLERS
 from latent_cache.config import adm_images
 from ssdd.engine.precision import PRECISIONS
-from ssdd.engine.sources import DatasetConfig
-from ssdd.repa import DINOV2_BASE
+from ssdd.images.sources import DatasetConfig
+from ssdd.losses.repa import DINOV2_BASE
 
 
 @dataclass

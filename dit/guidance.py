@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit.convention import Convention
+from dit.time_convention import Convention
 from ssdd.engine.errors import UserError
-from ssdd.flow import Velocity
+from ssdd.model.flow import Velocity
 
 FULL_INTERVAL = (0.0, 1.0)
 
@@ -64,16 +64,16 @@ def guided_velocity(
     if classifier_free and not model.null_class:
         raise UserError(
             f"sampling.cfg_scale={cfg_scale} needs a model with a null class, and this one was trained without "
-            "(model.class_dropout=0); sample with sampling.cfg_scale=1."
+            "(model.class_dropout=0); sample with sampling.cfg_scale=1"
         )
     if guide_scale != 1.0 and guide is None:
         raise UserError(
-            f"sampling.guide_scale={guide_scale} needs sampling.guide, a checkpoint reference to a weaker model."
+            f"sampling.guide_scale={guide_scale} needs sampling.guide, a checkpoint reference to a weaker model"
         )
     if guide is not None and (guide.in_channels, guide.num_classes) != (model.in_channels, model.num_classes):
         raise UserError(
             f"sampling.guide has {guide.in_channels} latent channels and {guide.num_classes} classes, the model "
-            f"guided by it {model.in_channels} and {model.num_classes}; a guide is a weaker model of the same latents."
+            f"guided by it {model.in_channels} and {model.num_classes}; a guide is a weaker model of the same latents"
         )
     channels = model.in_channels if cfg_channels is None else cfg_channels
     labels = torch.cat([y, torch.full_like(y, model.num_classes)]) if classifier_free else y
@@ -109,7 +109,7 @@ def split_by_interval(
     """
     low, high = interval
     if not 0.0 <= low <= high <= 1.0:
-        raise UserError(f"sampling.cfg_interval={list(interval)} must be two times 0 <= low <= high <= 1 (1 is noise).")
+        raise UserError(f"sampling.cfg_interval={list(interval)} must be two times 0 <= low <= high <= 1 (1 is noise)")
     steps = groupby(pairwise(grid), key=lambda step: bool(np.float32(low) < np.float32(step[0]) <= np.float32(high)))
     pieces = ((inside, list(piece)) for inside, piece in steps)
     return [(inside, [piece[0][0], *(end for _, end in piece)]) for inside, piece in pieces]

@@ -13,7 +13,7 @@ if __name__ == "__main__":  # run as a path, Python puts dit/ first on sys.path,
 def main(argv: list[str] | None = None) -> int:
     """Run the task that the arguments ask for; returns the exit status, 2 for errors that the user can mend."""
     from dit.config import DiTConfig
-    from ssdd.engine.config import parse
+    from ssdd.engine.cli import parse
     from ssdd.engine.errors import UserError, full_disk
     from ssdd.engine.locale_independence import use_utf8
 
@@ -27,11 +27,11 @@ def main(argv: list[str] | None = None) -> int:
             description="Train, sample and evaluate class-conditional generators on a latent cache.",
         )
         if cfg.task == "train":
-            from dit.train import run
+            from dit.tasks.train import run
         elif cfg.task == "sample":
-            from dit.sample import run
+            from dit.tasks.sample import run
         else:
-            from dit.evaluate import run
+            from dit.evaluation.evaluate import run
         run(cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,8 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dit.convention import NAMES as CONVENTIONS
-from dit.convention import convention as convention_named
 from dit.layers import (
     DiTBlock,
     FinalLayer,
@@ -28,6 +26,8 @@ from dit.layers import (
     resize_positions,
     sincos_position_table,
 )
+from dit.time_convention import NAMES as CONVENTIONS
+from dit.time_convention import convention as convention_named
 from ssdd.engine.checkpoint import load_tensors, resolve, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
@@ -89,14 +89,14 @@ class DiT(nn.Module):
         if height % patch_size or breadth % patch_size:
             raise UserError(
                 f"{name or 'DiT'}: a latent of {height}x{breadth} does not divide into patches of {patch_size}; "
-                f"choose a model whose patch size divides it (the number after the slash: {PATCH_SIZES})."
+                f"choose a model whose patch size divides it (the number after the slash: {PATCH_SIZES})"
             )
         if width % heads or width % 4:
-            raise UserError(f"{name or 'DiT'}: width {width} must divide by its {heads} heads and by 4.")
+            raise UserError(f"{name or 'DiT'}: width {width} must divide by its {heads} heads and by 4")
         if rope and width // heads % 4:
-            raise UserError(f"{name or 'DiT'}: rope needs {width} / {heads} channels a head to divide by 4.")
+            raise UserError(f"{name or 'DiT'}: rope needs {width} / {heads} channels a head to divide by 4")
         if convention not in CONVENTIONS:
-            raise UserError(f"{name or 'DiT'}: convention={convention!r} is none of {', '.join(CONVENTIONS)}.")
+            raise UserError(f"{name or 'DiT'}: convention={convention!r} is none of {', '.join(CONVENTIONS)}")
         self.config = {
             "name": name,
             "depth": depth,
@@ -199,7 +199,7 @@ class DiT(nn.Module):
         `options` are further arguments of the constructor, such as null_class, time_scale or rope.
         """
         if name not in NAMES:
-            raise UserError(f"model.name={name!r} is not a DiT; choose one of {', '.join(NAMES)}.")
+            raise UserError(f"model.name={name!r} is not a DiT; choose one of {', '.join(NAMES)}")
         size, patch = name.removeprefix("DiT-").split("/")
         depth, width, heads = SIZES[size]
         return cls(
@@ -232,7 +232,8 @@ class DiT(nn.Module):
         """Load a model of ours, in eval mode on the CPU, from a file, a folder (EMA weights preferred) or a run name.
 
         `input_size` asks for latents of another size than it was trained on: its position tables are made for the new
-        grid (`resize_positions`; rotary ones are computed). `dit.interop.load_dit` reads other people's files.
+        grid (`resize_positions`; rotary ones are computed). `dit.foreign_checkpoints.load_dit` reads other people's
+        files.
         UserError when there is no such file, it carries no DiT config, or its weights are not those of its config.
         """
         file = resolve(str(reference), ckpt_dir)
@@ -240,7 +241,7 @@ class DiT(nn.Module):
         if config is None:
             raise UserError(
                 f"{file} has no DiT config in its metadata: this project's DiT trainer did not write it. Checkpoints "
-                "of DiT, SiT, REPA and LightningDiT are read by dit.interop.load_dit, and by task=sample."
+                "of DiT, SiT, REPA and LightningDiT are read by dit.foreign_checkpoints.load_dit, and by task=sample"
             )
         return cls.from_weights(config, load_tensors(file), file, input_size)
 

@@ -14,9 +14,9 @@ from torch.nn.functional import cosine_similarity
 
 from dit.config import DiTConfig
 from dit.model import DiT
-from ssdd.engine.noise import batch_generator
-from ssdd.flow import interpolate, logit_normal_t, shift_time, uniform_t, velocity_target
-from ssdd.repa import RepaLoss
+from ssdd.engine.random import batch_generator
+from ssdd.losses.repa import RepaLoss
+from ssdd.model.flow import interpolate, logit_normal_t, shift_time, uniform_t, velocity_target
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Solvers of the generators, all functions (velocity, x, grid, callback, ...) -> x, as in k-diffusion.
 
-`velocity` is a field of ssdd.flow (t = 0 data, t = 1 noise, v towards the data), `grid` falling times as numbers of the
-host, x [B, ...] the state at grid[0]; the result is the state at grid[-1] in float32. `callback(i, x)` sees the state
-after step i of the grid. No solver but `adaptive` waits for the device. A grid may be cut at any of its points and
-solved piece by piece with the same result, which is how guidance is switched on and off (dit/guidance.py).
+`velocity` is a field of ssdd.model.flow (t = 0 data, t = 1 noise, v towards the data), `grid` falling times as numbers
+of the host, x [B, ...] the state at grid[0]; the result is the state at grid[-1] in float32. `callback(i, x)` sees the
+state after step i of the grid. No solver but `adaptive` waits for the device. A grid may be cut at any of its points
+and solved piece by piece with the same result, which is how guidance is switched on and off (dit/guidance.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ssdd.engine.errors import UserError
-from ssdd.flow import Callback, Velocity, expand_time, predict_noise, step_lengths, time_grid
+from ssdd.model.flow import Callback, Velocity, expand_time, predict_noise, step_lengths, time_grid
 
-NAMES = ("euler", "heun", "adaptive", "sde")  # euler is ssdd.flow's
+NAMES = ("euler", "heun", "adaptive", "sde")  # euler is ssdd.model.flow's
 
 DIFFUSIONS = {
     "sigma": lambda t: 2 * t,

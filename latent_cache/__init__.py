@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from latent_cache.dataset import LatentDataset
-from latent_cache.streaming import StreamingLatents
-from latent_cache.webdataset_pipeline import decode_sample, open_webdataset
+from latent_cache.read.dataset import LatentDataset
+from latent_cache.read.streaming import StreamingLatents
+from latent_cache.read.webdataset_pipeline import decode_sample, open_webdataset
 
 __all__ = ["LatentDataset", "StreamingLatents", "decode_sample", "open_webdataset"]

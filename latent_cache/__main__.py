@@ -8,10 +8,11 @@ import sys
 import numpy as np
 
 from latent_cache.config import BuildConfig, ExportConfig, ImportConfig, InfoConfig, StatsConfig, VerifyConfig
-from ssdd.engine.config import help_text, parse
+from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
 from ssdd.engine.locale_independence import use_utf8
+from ssdd.engine.schema_help import help_text
 
 COMMANDS = {
     "build": (BuildConfig, "Encode images once and store their normalised latents in WebDataset shards."),
@@ -62,7 +63,7 @@ def _run(argv: list[str]) -> int:
 def _build(cfg: BuildConfig) -> int:
     if cfg.dry_run:
         return _dry_run(cfg)
-    from latent_cache.build import build
+    from latent_cache.write.build import build
     from ssdd.engine.processes import Processes
 
     manifest = build(cfg)
@@ -71,7 +72,7 @@ def _build(cfg: BuildConfig) -> int:
 
 
 def _dry_run(cfg: BuildConfig) -> int:
-    from latent_cache.dry_run import dry_run
+    from latent_cache.write.dry_run import dry_run
     from ssdd.engine.processes import Processes
 
     Processes.join(cfg.device).print(dry_run(cfg))
@@ -79,8 +80,8 @@ def _dry_run(cfg: BuildConfig) -> int:
 
 
 def _stats(cfg: StatsConfig) -> int:
-    from latent_cache.stats import stats
-    from latent_cache.stats_report import table
+    from latent_cache.diagnose import stats
+    from latent_cache.diagnosis_report import table
 
     result = stats(cfg)
     if cfg.out is not None:
@@ -90,14 +91,14 @@ def _stats(cfg: StatsConfig) -> int:
 
 
 def _export(cfg: ExportConfig) -> int:
-    from latent_cache.export import export
+    from latent_cache.peers.export import export
 
     print(export(cfg))
     return 0
 
 
 def _import(cfg: ImportConfig) -> int:
-    from latent_cache.importing import import_latents
+    from latent_cache.peers.importing import import_latents
 
     print(_made(cfg.out, import_latents(cfg)))
     return 0
@@ -119,7 +120,7 @@ def _verify(cfg: VerifyConfig) -> int:
 
 
 def _info(cfg: InfoConfig) -> int:
-    from latent_cache.dataset import LatentDataset
+    from latent_cache.read.dataset import LatentDataset
 
     train = LatentDataset(cfg.cache)
     manifest, norm = train.manifest, train.norm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ssdd.engine.images import DatasetConfig
+from ssdd.images.sources import DatasetConfig
 
 
 def adm_images() -> DatasetConfig:

@@ -9,7 +9,7 @@ from latent_cache.manifest import MANIFEST, STATISTICS, layout_of, load_manifest
 from latent_cache.shard import Shard, ShardLayout, shard_name
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file
-from ssdd.latent import LatentNorm
+from ssdd.model.latent import LatentNorm
 
 
 def verify(folder: str | Path, mode: str = "full") -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ssdd.decoder import DECODER_SIZES
-from ssdd.distill import LATENTS
-from ssdd.engine.features import LITE0
 from ssdd.engine.precision import PRECISIONS
-from ssdd.engine.sources import DatasetConfig
-from ssdd.perceptual import PERCEPTUAL_METRICS
-from ssdd.repa import DINOV2_BASE
-from ssdd.tokenizer import KL
+from ssdd.fidelity.features import LITE0
+from ssdd.images.sources import DatasetConfig
+from ssdd.losses.distillation import LATENTS
+from ssdd.losses.perceptual import PERCEPTUAL_METRICS
+from ssdd.losses.repa import DINOV2_BASE
+from ssdd.model.decoder import DECODER_SIZES
+from ssdd.model.tokenizer import KL
 
 PIXEL_METRICS = ("PSNR", "PSNR_pooled", "SSIM", "MSE", "MAE")
 METRICS = ("FID", *PIXEL_METRICS, *PERCEPTUAL_METRICS)

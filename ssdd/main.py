@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     import datetime
 
     from ssdd.config import SSDDConfig
-    from ssdd.engine.config import parse
+    from ssdd.engine.cli import parse
     from ssdd.engine.errors import UserError, full_disk
     from ssdd.engine.locale_independence import use_utf8
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         elif cfg.task == "z_stats":
             from ssdd.tasks.z_stats import run
         else:
-            from ssdd.tasks.classifier import run
+            from ssdd.tasks.judge_training import run
         run(cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssdd.attention import RelativePositionBias, WindowAttention
-from ssdd.decoder import TransformerBlock, UViTDecoder
-from ssdd.layers import ResnetBlock
-from ssdd.norms import AdaGroupNorm, AdaLayerNorm
+from ssdd.model.attention import RelativePositionBias, WindowAttention
+from ssdd.model.decoder import TransformerBlock, UViTDecoder
+from ssdd.model.layers import ResnetBlock
+from ssdd.model.norms import AdaGroupNorm, AdaLayerNorm
 
 
 class PlainDecoder(UViTDecoder):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("ssdd", "dit", "latent_cache")
+PACKAGES = ("ssdd", "dit", "latent_cache", "ssdd_pipeline")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
@@ -22,7 +22,7 @@ def source(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", "setup.py", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     (copy / "README.md").write_text("# SSDD\n")
-    for name in (*PACKAGES, "configs", "scripts"):
+    for name in (*PACKAGES, "configs"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     (copy / "configs" / "presets" / "folder").mkdir(parents=True)
@@ -38,16 +38,13 @@ def wheel(source, tmp_path_factory) -> Path:
     return path
 
 
-SHIPPED = {".py", ".css", ".html"}  # of scripts/: programs, and the page of the report
-
-
 def test_the_wheel_holds_every_module_and_every_config_and_nothing_else(source, wheel):
     modules = {path.relative_to(source).as_posix() for name in PACKAGES for path in (source / name).rglob("*.py")}
     yamls = {path.relative_to(source / "configs").as_posix() for path in (source / "configs").rglob("*.yaml")}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    programs = {f"ssdd_pipeline/{path.name}" for path in (source / "scripts").iterdir() if path.suffix in SHIPPED}
-    assert "ssdd/engine/config.py" in names and "ssdd_pipeline/pipeline.py" in names
-    assert names == modules | programs | {f"ssdd/_configs/{name}" for name in yamls}
+    page = {f"ssdd_pipeline/report/page.{suffix}" for suffix in ("css", "html")}
+    assert "ssdd/engine/schema.py" in names and "ssdd_pipeline/run.py" in names
+    assert names == modules | page | {f"ssdd/_configs/{name}" for name in yamls}
 
 
 def test_the_wheel_holds_the_licence_and_the_commands(wheel):
@@ -58,7 +55,10 @@ def test_the_wheel_holds_the_licence_and_the_commands(wheel):
         "ssdd = ssdd.main:main",
         "dit = dit.main:main",
         "latent-cache = latent_cache.__main__:main",
-        "ssdd-pipeline = ssdd_pipeline.pipeline:main",
+        "ssdd-pipeline = ssdd_pipeline.run:main",
+        "ssdd-fidelity = ssdd.fidelity.command:main",
+        "ssdd-prefetch = ssdd.engine.prefetch:main",
+        "ssdd-report = ssdd_pipeline.report.page:main",
     ):
         assert command in texts["entry_points.txt"]
 
@@ -68,7 +68,7 @@ def test_outside_the_checkout_the_packaged_configs_are_found(wheel, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from ssdd.engine import config\n"
+        "from ssdd.engine import presets as config\n"
         "print(config.configs_dir(), *config.available('presets'))\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "site")]
@@ -81,8 +81,11 @@ def test_outside_the_checkout_the_packaged_configs_are_found(wheel, tmp_path):
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("errors files noise checkpoint ema run log", "omegaconf yaml"),
-        ("errors files noise checkpoint ema run log config config_help", "tqdm tensorboard accelerate torchvision"),
+        ("errors files random checkpoint ema run log", "omegaconf yaml"),
+        (
+            "errors files random checkpoint ema run log cli presets schema schema_help",
+            "tqdm tensorboard accelerate torchvision",
+        ),
     ],
 )
 def test_engine_modules_import_without_what_only_tasks_need(modules, absent):

@@ -1,1 +1,1 @@
-"""Latent caches of other repositories, one module a format: what `export` writes, `import` reads."""
+"""Caches of other repositories, one module a format: what `export` writes, `import` reads."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_cache.peers.block import Block, PeerLatents, checked_rows, npy_bytes, put_array, read_npy
+from latent_cache.peers.exchange import Block, PeerLatents, checked_rows, npy_bytes, put_array, read_npy
 from ssdd.engine.errors import UserError
 
 FEATURES, LABELS = "imagenet256_features", "imagenet256_labels"

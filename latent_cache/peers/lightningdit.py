@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from latent_cache.peers.block import Block, PeerLatents, checked_rows
+from latent_cache.peers.exchange import Block, PeerLatents, checked_rows
 from ssdd.engine.checkpoint import save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
+from ssdd.engine.pretrained import read_torch_file
 
 STATS = "latents_stats.pt"
 BLOCK = 10_000
@@ -101,7 +102,7 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(mean, std), float32 [C] each. UserError for anything but tensors in the file; nothing in it is ever run."""
     check_regular(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = read_torch_file(path)
         return found["mean"].float().flatten().numpy(), found["std"].float().flatten().numpy()
     except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, EOFError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__

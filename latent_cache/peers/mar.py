@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_cache.peers.block import Block
+from latent_cache.peers.exchange import Block
 
 BLOCK = 256
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from latent_cache.peers.block import LOGVAR_FLOOR, Block, PeerLatents, checked_rows, npy_bytes, put_array, read_npy
+from latent_cache.peers.exchange import LOGVAR_FLOOR, Block, PeerLatents, checked_rows, npy_bytes, put_array, read_npy
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_atomic
 

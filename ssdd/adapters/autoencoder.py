@@ -13,18 +13,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ssdd.adapters.noise import Generators, decoder_noise
+from ssdd.adapters.decoder_noise import Generators, decoder_noise
 from ssdd.engine.checkpoint import SUFFIXES
 from ssdd.engine.errors import UserError
-from ssdd.latent import DiagonalGaussian, LatentNorm
-from ssdd.tokenizer import SSDD
+from ssdd.model.latent import DiagonalGaussian, LatentNorm
+from ssdd.model.tokenizer import SSDD
 
 try:
     from diffusers import ConfigMixin, ModelMixin
     from diffusers.configuration_utils import register_to_config
     from diffusers.utils.accelerate_utils import apply_forward_hook
 except ImportError:
-    from ssdd.adapters.standin import ConfigMixin, ModelMixin, apply_forward_hook, register_to_config
+    from ssdd.adapters.diffusers_mixins import ConfigMixin, ModelMixin, apply_forward_hook, register_to_config
 
 SD_SCALING_FACTOR = 0.18215
 """What DiT, SiT and REPA multiply latents by, written into their code."""
@@ -94,7 +94,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
     z_mean, z_std: statistics of the raw latents, one number a channel; None for 0 and 1.
     scaling_factor: what calling code multiplies latents by.
     license: of the weights, where it is not known from `checkpoint`; kept in saved configs.
-    noise_seed: noise of decodes without `noise` and `generator`, equal for all images (`ssdd.adapters.noise`).
+    noise_seed: noise of decodes without `noise` and `generator`, equal for all images (`ssdd.adapters.decoder_noise`).
 
     `config` has these and, as code for AutoencoderKL reads them: latent_channels, block_out_channels (only its length
     means something: the stride is 2 ** (length - 1)), latents_mean = 0 and latents_std = 1 (the public latents are

@@ -11,9 +11,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from ssdd.adapters.noise import decoder_noise
+from ssdd.adapters.decoder_noise import decoder_noise
 from ssdd.engine.errors import UserError
-from ssdd.tokenizer import SSDD
+from ssdd.model.tokenizer import SSDD
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,7 +82,7 @@ class CentreCrop:
     size: int
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        from ssdd.engine.images import adm_crop
+        from ssdd.images.crops import adm_crop
 
         return adm_crop(image.convert("RGB"), self.size)
 

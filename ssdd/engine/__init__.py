@@ -1,1 +1,1 @@
-"""What every task of every package stands on: config, run directories, checkpoints, image data, metrics, logs."""
+"""What every run stands on: config, run directories, checkpoints, processes, devices, files, logs."""

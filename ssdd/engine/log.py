@@ -11,7 +11,7 @@ import numpy as np
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_json
-from ssdd.engine.pictures import save_png
+from ssdd.engine.png import save_png
 from ssdd.engine.run import RunDirectory
 
 

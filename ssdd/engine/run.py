@@ -27,7 +27,7 @@ class RunDirectory:
 
     def save_config(self, cfg: Any) -> None:
         """Write the resolved config dataclass to ``config.yaml``."""
-        from ssdd.engine.config import to_yaml
+        from ssdd.engine.schema import to_yaml
 
         write_atomic(self.path / "config.yaml", to_yaml(cfg))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssdd.engine.training import peak_memory, synchronize
+from ssdd.engine.devices import peak_memory, synchronize
 
 Batch = TypeVar("Batch")
 

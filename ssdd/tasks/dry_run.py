@@ -8,15 +8,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssdd.config import SSDDConfig
-from ssdd.engine.images import ImageDataset, open_source, steps_per_epoch
+from ssdd.engine.devices import choose_kernels, peak_memory
 from ssdd.engine.optim import build_optimizer, parameter_groups
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes
 from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.throughput import seconds_a_call
-from ssdd.engine.training import choose_kernels, peak_memory
-from ssdd.objective import step_draws, weighted_sum
-from ssdd.tasks.networks import build_discriminator, build_objective, build_tokenizer
+from ssdd.images.batches import steps_per_epoch
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.sources import open_source
+from ssdd.losses.objective import step_draws, weighted_sum
+from ssdd.tasks.build import build_discriminator, build_objective, build_tokenizer
 
 
 def dry_run(cfg: SSDDConfig) -> dict[str, Any]:

@@ -15,33 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssdd import perceptual
-from ssdd.agreement import noise_agreement
-from ssdd.baselines import PixelPCA, slight_blur
 from ssdd.config import SSDDConfig
-from ssdd.decoders import Row, open_rows
 from ssdd.engine.checkpoint import resolve
+from ssdd.engine.devices import choose_kernels, peak_memory, synchronize
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file
-from ssdd.engine.images import ImageDataset, eval_batches, open_source, read_split
-from ssdd.engine.metrics import fine_power, mae, mse, pooled_psnr, psnr, ssim
-from ssdd.engine.noise import indexed_noise
-from ssdd.engine.pictures import from_uint8, grid, save_png, to_uint8
+from ssdd.engine.png import save_png
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes
 from ssdd.engine.provenance import measured_by
+from ssdd.engine.random import indexed_noise
 from ssdd.engine.run import RunDirectory
-from ssdd.engine.scores import (
-    IMAGES_A_DIMENSION,
-    SetScores,
-    automatic_without_weights,
-    compare,
-    load_networks,
-    paired_differences,
-)
-from ssdd.engine.training import choose_kernels, peak_memory, synchronize
-from ssdd.tasks.networks import encoder_option, foreign_encoder
-from ssdd.tokenizer import SSDD
+from ssdd.fidelity.baselines import PixelPCA, slight_blur
+from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, paired_differences
+from ssdd.fidelity.features import automatic_without_weights, load_networks
+from ssdd.fidelity.measure import SetScores
+from ssdd.fidelity.pixel_metrics import fine_power, mae, mse, pooled_psnr, psnr, ssim
+from ssdd.images.batches import eval_batches, read_split
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.pixels import from_uint8, grid, to_uint8
+from ssdd.images.sources import open_source
+from ssdd.losses import perceptual
+from ssdd.model.compared_decoders import Row, open_rows
+from ssdd.model.tokenizer import SSDD
+from ssdd.tasks.build import encoder_option, foreign_encoder
+from ssdd.tasks.noise_agreement import noise_agreement
 
 ORIGINALS, REALS = "originals", "reals"
 AGREEMENT_IMAGES = 32

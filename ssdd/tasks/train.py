@@ -17,34 +17,28 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from ssdd.config import SSDDConfig
-from ssdd.decoders import Row
 from ssdd.engine import checkpoint
+from ssdd.engine.devices import choose_kernels, peak_memory
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file
-from ssdd.engine.images import ImageDataset, open_source, steps_per_epoch, train_batches
 from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.log import ProgressLog
-from ssdd.engine.noise import seed_of
 from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes, gradients_kept
+from ssdd.engine.random import seed_of
 from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.sharding import gathered, laid_out_as, load_whole, shard, whole
 from ssdd.engine.throughput import Throughput
-from ssdd.engine.training import (
-    check_finite,
-    check_identity,
-    choose_kernels,
-    peak_memory,
-    picture_due,
-    rows_a_process,
-)
-from ssdd.objective import step_draws, weighted_sum
-from ssdd.tasks.dry_run import dry_run
-from ssdd.tasks.evaluate import Evaluation
-from ssdd.tasks.networks import (
+from ssdd.engine.training_checks import check_finite, check_identity, picture_due, rows_a_process
+from ssdd.images.batches import steps_per_epoch, train_batches
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.sources import open_source
+from ssdd.losses.objective import step_draws, weighted_sum
+from ssdd.model.compared_decoders import Row
+from ssdd.tasks.build import (
     build_discriminator,
     build_objective,
     build_targets,
@@ -52,7 +46,9 @@ from ssdd.tasks.networks import (
     flop_per_image,
     sharded_blocks,
 )
-from ssdd.tasks.pictures import ReconstructionPicture
+from ssdd.tasks.dry_run import dry_run
+from ssdd.tasks.evaluate import Evaluation
+from ssdd.tasks.looks import ReconstructionPicture
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:

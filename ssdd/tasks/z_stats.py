@@ -7,14 +7,16 @@ from typing import Any
 import torch
 
 from ssdd.config import SSDDConfig
+from ssdd.engine.devices import choose_kernels
 from ssdd.engine.errors import UserError
-from ssdd.engine.images import ImageDataset, eval_batches, open_source
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes
 from ssdd.engine.run import RunDirectory
-from ssdd.engine.training import choose_kernels
-from ssdd.latent import LatentNorm
-from ssdd.tasks.networks import build_encoder
+from ssdd.images.batches import eval_batches
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.sources import open_source
+from ssdd.model.latent import LatentNorm
+from ssdd.tasks.build import build_encoder
 
 
 @torch.no_grad()

@@ -8,7 +8,10 @@ import json
 import pytest
 import torch
 
-from scripts import bench_dit, bench_pipeline, bench_processes, bench_tokenizer
+from bench import dit as bench_dit
+from bench import pipeline as bench_pipeline
+from bench import processes as bench_processes
+from bench import tokenizer as bench_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -20,7 +23,7 @@ def in_process(monkeypatch):
     def measure(jobs, rounds):
         found = []
         for job in jobs:
-            module = importlib.import_module(f"scripts.{job['module']}")
+            module = importlib.import_module(f"bench.{job['module']}")
             work: bench_processes.Work = module.prepare(json.loads(json.dumps(job)), CPU)
             times = [bench_processes._seconds(work, CPU) for _ in range(rounds)]
             stages = {stage: [one[stage] for one in times] for stage in work.stages}

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import bench_pipeline, bench_tokenizer_job
-from scripts.bench import main
-from scripts.bench_ceilings import ceilings
-from scripts.bench_networks import LATENTS, PEERS, build, decoding, encoding, fill_zeros
-from scripts.bench_processes import measure_in_turn
+from bench import pipeline as bench_pipeline
+from bench import tokenizer_job as bench_tokenizer_job
+from bench.ceilings import ceilings
+from bench.main import main
+from bench.networks import LATENTS, PEERS, build, decoding, encoding, fill_zeros
+from bench.processes import measure_in_turn
 from ssdd import SSDD
 from ssdd.engine.errors import UserError
 from ssdd.engine.throughput import count_forward_flop
@@ -207,7 +208,7 @@ def test_ceilings_are_rates_of_this_machine():
 
 
 def test_an_error_in_a_child_is_the_parents_error():
-    job = {"module": "bench_tokenizer_job", "network": "SSDD-S", "channels_last": True, "task": "decode"}
+    job = {"module": "tokenizer_job", "network": "SSDD-S", "channels_last": True, "task": "decode"}
     job |= {"encoder": "f8", "side": 32, "dtype": "float32", "compile": False, "batch": 1, "steps": 1}
     with pytest.raises(UserError, match="f8"):
         measure_in_turn([job], 1)

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
+from bench import dit as bench_dit
+from bench.main import main
 from dit.model import DiT
-from scripts import bench_dit
-from scripts.bench import main
 
 JOB = {"model": "DiT-XXS/8", "dtype": "float32", "compile": False, "batch": 1}
 CPU = torch.device("cpu")

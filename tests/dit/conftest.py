@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dit.config import DiTConfig, EmaConfig, ModelConfig, TrainingConfig
-from latent_cache.build import build
 from latent_cache.config import BuildConfig
-from ssdd.engine.images import DatasetConfig
-from ssdd.tokenizer import SSDD
+from latent_cache.write.build import build
+from ssdd.images.sources import DatasetConfig
+from ssdd.model.tokenizer import SSDD
 
 
 @pytest.fixture(scope="session")

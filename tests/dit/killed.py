@@ -15,7 +15,7 @@ from typing import Any
 import sklearn.datasets  # noqa: F401  (imported once here, not in every child)
 import timm  # noqa: F401
 
-import dit.evaluate  # noqa: F401
+import dit.evaluation.evaluate  # noqa: F401
 from dit.main import main
 
 

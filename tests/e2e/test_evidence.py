@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.evidence import main
+from ssdd_pipeline.evidence import main
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scripts.pipeline import largest_peak
 from ssdd.engine.checkpoint import load
-from ssdd.engine.sources import DatasetConfig, open_source
+from ssdd.images.sources import DatasetConfig, open_source
+from ssdd_pipeline.run import largest_peak
 from tests.e2e.conftest import table_without_speed
 
 STAGES = ["classifier", "tokenizer", "student", "reconstruction", "cache", "dit", "samples", "generation"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ssdd.attention import RelativePositionBias
-from ssdd.decoder import UViTDecoder
 from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
+from ssdd.model.attention import RelativePositionBias
+from ssdd.model.decoder import UViTDecoder
 
 
 def trained(name: str, steps: int, seed: int = 0, betas: tuple[float, float] = (0.9, 0.999)):

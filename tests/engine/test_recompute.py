@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dit.model import DiT
 from ssdd.engine.recompute import recompute_activations
-from ssdd.objective import AutoencoderObjective, FlowObjective, step_draws, weighted_sum
-from ssdd.tokenizer import SSDD
+from ssdd.losses.objective import AutoencoderObjective, FlowObjective, step_draws, weighted_sum
+from ssdd.model.tokenizer import SSDD
 
 Loss = Callable[[], Tensor]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from latent_cache.build import build
 from latent_cache.config import BuildConfig, ViewsConfig, adm_images
-from ssdd.tokenizer import SSDD
+from latent_cache.write.build import build
+from ssdd.model.tokenizer import SSDD
 
 Settings = Callable[..., BuildConfig]
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import sklearn.datasets  # noqa: F401  (imported once here, not in every child)
 
-import latent_cache.build  # noqa: F401
-import latent_cache.export  # noqa: F401
-import latent_cache.importing  # noqa: F401
+import latent_cache.peers.export  # noqa: F401
+import latent_cache.peers.importing  # noqa: F401
+import latent_cache.write.build  # noqa: F401
 from latent_cache.__main__ import main
 
 

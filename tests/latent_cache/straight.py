@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssdd.engine.images import DatasetConfig, ImageDataset, open_source
-from ssdd.engine.pictures import from_uint8
-from ssdd.tokenizer import SSDD
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.pixels import from_uint8
+from ssdd.images.sources import DatasetConfig, open_source
+from ssdd.model.tokenizer import SSDD
 
 
 def posteriors(tokenizer: Path, cfg: DatasetConfig, split: str, flip: bool = False) -> tuple[Tensor, Tensor, Tensor]:

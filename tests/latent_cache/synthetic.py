@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from latent_cache.config import ImportConfig
-from latent_cache.importing import Origin, describe, store
-from latent_cache.peers.block import PeerLatents
+from latent_cache.peers.exchange import PeerLatents
+from latent_cache.peers.importing import Origin, describe, store
 
 FINGERPRINT = "0123456789abcdef" * 4
 

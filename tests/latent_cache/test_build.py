@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from latent_cache import LatentDataset
-from latent_cache import build as build_module
-from latent_cache.build import build
-from latent_cache.folder import FolderLock
+from latent_cache.write import build as build_module
+from latent_cache.write.build import build
+from latent_cache.write.folder import FolderLock
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
 from tests.latent_cache.straight import files, posteriors

@@ -10,9 +10,9 @@ import torch
 import webdataset
 
 from latent_cache import LatentDataset, decode_sample
-from latent_cache.build import build
+from latent_cache.write.build import build
 from ssdd.engine.errors import UserError
-from ssdd.latent import DiagonalGaussian
+from ssdd.model.latent import DiagonalGaussian
 from tests.latent_cache.straight import posteriors
 
 

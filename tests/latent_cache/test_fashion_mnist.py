@@ -20,10 +20,11 @@ import torch
 
 from latent_cache import LatentDataset
 from latent_cache.config import adm_images
-from ssdd.engine.images import ImageDataset, open_source
-from ssdd.engine.pictures import from_uint8
-from ssdd.engine.sources import FASHION_MNIST_FOLDER
-from ssdd.tokenizer import SSDD
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.pixels import from_uint8
+from ssdd.images.small_sets import FASHION_MNIST_FOLDER
+from ssdd.images.sources import open_source
+from ssdd.model.tokenizer import SSDD
 from tests.latent_cache.straight import files
 
 REPOSITORY = Path(__file__).resolve().parents[2]

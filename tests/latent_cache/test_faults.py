@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from latent_cache import LatentDataset
-from latent_cache import build as build_module
-from latent_cache.build import build
 from latent_cache.config import ExportConfig, ImportConfig, StatsConfig
-from latent_cache.export import FORMATS, export
-from latent_cache.importing import import_latents
-from latent_cache.stats import stats
+from latent_cache.diagnose import stats
+from latent_cache.peers.export import FORMATS, export
+from latent_cache.peers.importing import import_latents
 from latent_cache.verify import verify
+from latent_cache.write import build as build_module
+from latent_cache.write.build import build
 from ssdd.engine.errors import UserError
-from ssdd.latent import LatentNorm
-from ssdd.tokenizer import SSDD
+from ssdd.model.latent import LatentNorm
+from ssdd.model.tokenizer import SSDD
 from tests.latent_cache.straight import files
 
 Mount = Callable[[str], Path]

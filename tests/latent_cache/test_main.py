@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latent_cache.__main__ import main
-from ssdd.tokenizer import SSDD
+from ssdd.model.tokenizer import SSDD
 
 
 def test_help_lists_the_commands_and_the_keys_of_each(capsys):

@@ -17,17 +17,17 @@ from safetensors.numpy import load_file, save_file
 from torchvision.datasets import DatasetFolder
 
 from latent_cache import LatentDataset
-from latent_cache import export as export_module
 from latent_cache.__main__ import main
 from latent_cache.config import ExportConfig, ImportConfig
-from latent_cache.export import export
-from latent_cache.importing import import_latents
+from latent_cache.peers import export as export_module
 from latent_cache.peers import lightningdit
-from latent_cache.rows import stored_rows
+from latent_cache.peers.export import export
+from latent_cache.peers.importing import import_latents
+from latent_cache.read.stored_rows import stored_rows
 from latent_cache.verify import verify
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
-from ssdd.latent import LatentNorm
+from ssdd.model.latent import LatentNorm
 from tests.latent_cache.straight import files
 from tests.latent_cache.synthetic import FINGERPRINT, make_cache
 
@@ -436,7 +436,7 @@ def test_an_interrupted_import_goes_on_and_a_changed_source_is_another_one(tmp_p
     cfg = ImportConfig("lightningdit", str(folder), str(tmp_path / "cache"), samples_per_shard=25)
     import_latents(ImportConfig("lightningdit", str(folder), str(tmp_path / "straight"), samples_per_shard=25))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("latent_cache.importing.statistics_of", interrupt)
+        patch.setattr("latent_cache.peers.importing.statistics_of", interrupt)
         import_latents(cfg)
     import_latents(cfg)
     assert files(tmp_path / "cache") == files(tmp_path / "straight")

@@ -16,19 +16,19 @@ import pytest
 import torch
 
 from latent_cache import LatentDataset, StreamingLatents, open_webdataset
-from latent_cache.build import build
-from latent_cache.fetch import ShardFetcher
+from latent_cache.read.shard_copies import ShardFetcher
 from latent_cache.verify import verify
-from ssdd.engine import fetch
+from latent_cache.write.build import build
+from ssdd.engine import remote as remote_module
 from ssdd.engine.errors import UserError
-from ssdd.engine.fetch import RemoteFolder
+from ssdd.engine.remote import RemoteFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "PAUSE", 0.0)
+    monkeypatch.setattr(remote_module, "PAUSE", 0.0)
 
 
 def batch_lists(batches, steps: int) -> list[tuple[list, list, list]]:
@@ -295,7 +295,7 @@ def test_a_web_server_is_read(means, tmp_path):
 
 def test_processes_that_share_a_folder_download_each_shard_once(means, tmp_path):
     program = (
-        "import sys; from latent_cache import StreamingLatents; from ssdd.engine import fetch\n"
+        "import sys; from latent_cache import StreamingLatents; from ssdd.engine import remote as fetch\n"
         "original = fetch.RemoteFolder._download\n"
         "def download(self, name, *rest): sys.stdout.write(name + chr(10)); original(self, name, *rest)\n"
         "fetch.RemoteFolder._download = download\n"

@@ -15,20 +15,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit.interop import load_dit
+from dit.foreign_checkpoints import load_dit
 from latent_cache.config import ImportConfig
-from latent_cache.dataset import LatentDataset
-from latent_cache.importing import import_latents
+from latent_cache.peers.importing import import_latents
+from latent_cache.read.dataset import LatentDataset
 from ssdd.engine import checkpoint
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file
-from ssdd.engine.image_sets import open_set
-from ssdd.engine.images import ImageDataset, eval_batches
-from ssdd.engine.reference import SetToMeasure
-from ssdd.engine.shards import open_shards
-from ssdd.engine.sources import DatasetConfig, open_source
-from ssdd.engine.weights import load_tensors
-from ssdd.weights import read_weights
+from ssdd.engine.pretrained import load_tensors
+from ssdd.fidelity.set_to_measure import SetToMeasure
+from ssdd.fidelity.stored_sets import open_set
+from ssdd.images.batches import eval_batches
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.shards import open_shards
+from ssdd.images.sources import DatasetConfig, open_source
+from ssdd.model.weight_files import read_weights
 
 
 def listening(path: Path) -> None:

@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssdd.engine import workers
 from ssdd.engine.errors import UserError
-from ssdd.engine.images import ImageDataset, eval_batches
-from ssdd.engine.sources import DatasetConfig, open_source
+from ssdd.images import workers
+from ssdd.images.batches import eval_batches
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.sources import DatasetConfig, open_source
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 READ = """
 import sys
 from ssdd.engine.errors import UserError
-from ssdd.engine.images import DatasetConfig, ImageDataset, eval_batches, open_source
+from ssdd.images.batches import eval_batches
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.sources import DatasetConfig, open_source
 cfg = DatasetConfig(source="imagefolder", root=sys.argv[1], im_size=64)
 workers = int(sys.argv[2])
 try:
@@ -85,7 +88,7 @@ def test_little_shared_memory_is_enough(images, total):
 @pytest.mark.skipif(not can_mount(), reason="takes root, or another right to mount file systems (unshare -m)")
 def test_shared_memory_that_others_fill_later_ends_in_one_line(images, monkeypatch):
     """The look at its size comes before."""
-    script = READ.replace("import sys", "import sys; from ssdd.engine import workers\nworkers.free_shared_memory = int")
+    script = READ.replace("import sys", "import sys; from ssdd.images import workers\nworkers.free_shared_memory = int")
     script = script.replace("free_shared_memory = int", "free_shared_memory = lambda: 1e9")
     shell = 'mount -t tmpfs -o size=64k tmpfs /dev/shm; exec "$0" -c "$1" "$2" 2'
     command = ["unshare", "-m", "bash", "-c", shell, sys.executable, script, str(images)]

@@ -1,0 +1,305 @@
+"""Task `evaluate`: every decoder decodes the same drawn latents; distances to real images (gFID and its kin).
+
+First all processes make and measure image sets, each in a folder of `measured` that survives a kill; then the main
+process alone compares them. A decoder that was measured before is not run again, nor are latents drawn twice.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit.config import DiTConfig, EvaluationConfig
+from dit.evaluation.generation_gap import KERNEL, Gap
+from dit.evaluation.latent_sets import SampleSet, decoded, generator_of, images_behind, open_samples, request_of
+from dit.evaluation.measured_sets import Export, Images, ImageSetFolder, Measuring
+from dit.evaluation.real_images import ForeignReference, RealImages, check_treatment, labels_of
+from dit.evaluation.sweep import Sweep
+from dit.evaluation.tables import table
+from ssdd.engine.devices import choose_kernels, peak_memory
+from ssdd.engine.errors import UserError
+from ssdd.engine.files import sha256_file, sha256_json, write_json
+from ssdd.engine.png import save_png
+from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
+from ssdd.engine.provenance import measured_by
+from ssdd.engine.run import RunDirectory
+from ssdd.fidelity.baselines import PixelPCA, classwise_gaussian_samples
+from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, paired_differences
+from ssdd.fidelity.features import automatic_without_weights, load_networks
+from ssdd.fidelity.judge import SmallClassifier
+from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.neighbours import copy_rate
+from ssdd.images.batches import read_split
+from ssdd.images.pixels import grid
+from ssdd.images.sources import open_source
+from ssdd.model.compared_decoders import Row, open_rows
+
+REFERENCE, HELD_OUT = "training images", "held-out images"
+BASELINE = "PCA-Gaussian"
+ROUNDING = "clamp to [-1, 1], scale to 0..255, round"
+SHOWN_CLASSES, SHOWN_A_CLASS = 20, 8
+KEPT_SAMPLES = 50_000  # generated images whose features are kept: ADM's precision and recall take all of its 50 000
+
+
+def run(cfg: DiTConfig) -> dict[str, Any]:
+    """Evaluate with `evaluation.decoders`; returns what it writes to task_result.json, {} but in the main process.
+
+    UserError when the latents do not belong to a decoder's encoder, or nothing is given to decode.
+    """
+    options = cfg.evaluation
+    if not options.decoders:
+        raise UserError(
+            "task=evaluate needs evaluation.decoders=[name:reference:steps, ...]; samples=DIR is the sample set, "
+            "without it the generator of run_name or sampling.checkpoint draws one"
+        )
+    _check(options)
+    if options.sweep_cfg or options.sweep_steps:
+        generator_of(cfg)  # a sweep draws, also beside a given sample set
+    processes = Processes.join()
+    device = processes.device
+    precision = Precision.resolve(options.mixed_precision, device, measuring=True)
+    choose_kernels(deterministic=False)
+    rows = open_rows(options.decoders, cfg.ckpt_dir, device)
+    networks = load_networks(options.features, device)
+    judge = SmallClassifier.load(options.classifier).to(device) if options.classifier else None
+    if options.features and not networks:
+        raise UserError("no feature network has its weights on this machine; name one in evaluation.features")
+    out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
+    cache = Path(options.cache) if options.cache else Path(cfg.ckpt_dir) / "cache" / "statistics"
+    of_real = Measuring(networks, processes, precision, options.batch_size, options.kept_features)
+    of_samples = replace(of_real, kept=max(options.kept_features, KEPT_SAMPLES))
+    reference = (
+        ForeignReference(cfg, of_real, cache) if options.reference else RealImages(cfg.dataset, "train", of_real, cache)
+    )
+
+    mismatch = check_treatment(cfg, images_behind(cfg), reference)
+    samples = open_samples(cfg, rows)
+    if judge:
+        _check_classes(judge, samples, options.classifier)
+    norms = {row.name: samples.norm(row) for row in rows}
+    held_out = None
+    if options.held_out:  # the floor of a distance is that of as many real images
+        as_many = replace(cfg.dataset, limit=min(len(samples), cfg.dataset.limit or len(samples)))
+        held_out = RealImages(as_many, "val", of_real, cache)
+
+    # All processes: make and measure the sets.
+    reference.measure()
+    if held_out:
+        held_out.measure()
+    judged = {"judge": sha256_file(Path(options.classifier)) if judge else None}
+    shown = _first_of_each_class(samples.labels)
+    seed = cfg.sampling.seed
+    sets: dict[str, ImageSetFolder] = {}
+    for row in rows:
+        request = request_of(row, norms[row.name], samples.checksum, seed) | judged
+        make = decoded(row, samples.rows, norms[row.name], seed, precision)
+        export = _export(cfg, out, row, samples)
+        folder = out / "measured" / "samples" / row.name
+        sets[row.name] = ImageSetFolder(
+            folder, request, len(samples), make, of_samples, judge, samples.labels, sum(shown, []), export
+        )
+    if options.baseline_numbers is not None:
+        sets[BASELINE] = _baseline(cfg, out, samples, of_samples, judge, judged)
+    for image_set in sets.values():
+        image_set.measure()
+    gap = Gap(cfg, out, rows, norms, held_out, of_real) if held_out and (options.gap or options.latent_noise) else None
+    if gap:
+        gap.measure()
+    sweep = Sweep(cfg, out, rows, of_real) if options.sweep_cfg or options.sweep_steps else None
+    if sweep:
+        sweep.measure()
+    if not processes.is_main:
+        return {}
+
+    # The main process: compare them, network by network.
+    result: dict[str, Any] = {
+        "task": "evaluate",
+        "count": len(samples),
+        "precision": precision.record(),
+        "measured": measured_by(device),
+        "samples": samples.description,
+        "labels": labels_of(samples.labels, samples.description),
+        "reference": reference.describe(),
+        "held_out": held_out.describe() if held_out else None,
+        "rounding": ROUNDING,
+        "decoders": {row.name: row.provenance() for row in rows},
+        "features": {network.name: network.checksum for network in networks},
+        "networks": {network.name: network.provenance() for network in networks},
+        "left_out": [f"features {name}" for name in automatic_without_weights(options.features)],
+        "notes": [note for note in (mismatch, _smaller_floor(held_out, len(samples))) if note],
+        "shown": [{"label": int(samples.labels[line[0]]), "indices": line} for line in shown],
+        "rows": [{"name": name, "distances": {}} for name in sets],
+        "floor": {},
+        "paired": {},
+    }
+    for image_set in sets.values():
+        image_set.finish()
+    _speed(result["rows"], sets, rows, samples)
+    of_reference = reference.statistics()
+    of_held_out = held_out.statistics() if held_out else {}
+    for network in networks:
+        statistics = {name: image_set.statistics(network) for name, image_set in sets.items()}
+        real = {REFERENCE: of_reference[network.name]}
+        if held_out:
+            real[HELD_OUT] = of_held_out[network.name]
+        _compare(result, network.name, statistics, real, cfg, has_training=options.reference is None)
+        result["notes"] += _few_images(network.name, network.dim, len(samples))
+    if judge is not None:
+        result["class_accuracy_held_out"] = judge.accuracy(*read_split(cfg.dataset, "val")[:2])
+    if gap:
+        result |= gap.compare(of_reference, of_held_out, result["rows"])
+    if sweep:
+        result["sweep"] = sweep.compare(of_reference)
+    result["peak_memory_bytes"] = peak_memory(device)
+    for row in rows:
+        images = sets[row.name].pictures()
+        ordered = torch.stack([images[i] for of_class in shown for i in of_class])
+        save_png(out / "pictures" / f"{row.name}.png", grid(ordered, columns=len(shown[0])))
+    write_json(out / "task_result.json", result)
+    print(f"{table(result)}\nwritten to {out / 'task_result.json'}", flush=True)
+    return result
+
+
+def _check(options: EvaluationConfig) -> None:
+    """UserError for numbers that mean nothing, before anything is loaded."""
+    if min(options.kept_features, options.sweep_n, options.resamples) < 2 or options.batch_size < 1:
+        raise UserError(
+            "evaluation.kept_features, sweep_n and resamples must be at least 2, evaluation.batch_size at least 1"
+        )
+    if any(level < 0 for level in options.latent_noise):
+        raise UserError(f"evaluation.latent_noise={options.latent_noise}: standard deviations are not negative")
+    if options.latent_noise and not options.held_out:
+        raise UserError("evaluation.latent_noise reconstructs held-out images: it needs evaluation.held_out=true")
+
+
+def _check_classes(classifier: SmallClassifier, samples: SampleSet, path: str) -> None:
+    """UserError if the network that says what class an image shows does not know all classes of the samples."""
+    if (largest := int(samples.labels.max())) >= classifier.num_classes:
+        raise UserError(
+            f"evaluation.classifier={path} knows classes 0 to {classifier.num_classes - 1}, samples have label "
+            f"{largest}: train one on their data set (ssdd/main.py task=classifier)"
+        )
+
+
+def _export(cfg: DiTConfig, out: Path, row: Row, samples: SampleSet) -> Export | None:
+    if not (cfg.evaluation.npz or cfg.evaluation.png):
+        return None
+    folder = out / "export"
+    npz = folder / f"{row.name}.npz" if cfg.evaluation.npz else None
+    return Export(npz, folder / row.name if cfg.evaluation.png else None, samples.labels)
+
+
+def _baseline(
+    cfg: DiTConfig,
+    out: Path,
+    samples: SampleSet,
+    measuring: Measuring,
+    judge: SmallClassifier | None,
+    judged: dict,
+) -> ImageSetFolder:
+    """Trivial baseline: one Gaussian a class in pixel PCA space, as many samples of the same classes."""
+    numbers, seed = cfg.evaluation.baseline_numbers, cfg.sampling.seed
+    drawn: list[Tensor] = []
+
+    def make(indices: range) -> Images:
+        began = time.perf_counter()
+        if not drawn:
+            images, labels, _ = read_split(cfg.dataset, "train")
+            drawn.append(classwise_gaussian_samples(PixelPCA(images, numbers), images, labels, samples.labels, seed))
+        own = drawn[0][indices.start : indices.stop]
+        return Images(own, torch.tensor(indices), time.perf_counter() - began)
+
+    request = {
+        "baseline": numbers,
+        "seed": seed,
+        "training": open_source(cfg.dataset, "train").fingerprint(),
+        "crop": cfg.dataset.crop,
+        "size": cfg.dataset.im_size,
+        "labels": sha256_json(samples.labels),
+    }
+    folder = out / "measured" / "samples" / BASELINE
+    return ImageSetFolder(folder, request | judged, len(samples), make, measuring, judge, samples.labels)
+
+
+def _speed(table_rows: list[dict], sets: dict[str, ImageSetFolder], rows: list[Row], samples: SampleSet) -> None:
+    """Steps, class accuracy, and what an image costs to draw and to decode."""
+    steps = {row.name: row.steps for row in rows}
+    drawing = samples.samples_per_s()
+    for row in table_rows:
+        figures = sets[row["name"]].figures()
+        row["steps"] = steps.get(row["name"])
+        if figures["class_accuracy"] is not None:
+            row["class_accuracy"] = figures["class_accuracy"]
+        if row["steps"] is None:
+            continue
+        row["images_per_s"] = figures["images_per_s"]
+        if drawing is not None:
+            decoding_s, total_s = 1 / row["images_per_s"], 1 / row["images_per_s"] + 1 / drawing
+            row |= {"sampling_images_per_s": 1 / total_s, "decoder_share": decoding_s / total_s}
+
+
+def _compare(
+    result: dict[str, Any],
+    network: str,
+    sets: dict[str, Statistics],
+    real: dict[str, Statistics],
+    cfg: DiTConfig,
+    has_training: bool,
+) -> None:
+    """Distances, floor and paired differences on one network, into the result."""
+    resamples, seed = cfg.evaluation.resamples, cfg.sampling.seed
+    names, others = list(sets), [name for name in real if name != REFERENCE]
+    compared, kernels = compare(sets | real, [*names, *others], REFERENCE, REFERENCE, resamples, seed)
+    if kernels:
+        result["paired"][network] = paired_differences(kernels, names)
+    floor = compared.get(HELD_OUT)
+    to_held_out: dict[str, dict[str, float]] = {}
+    if floor:
+        result["floor"][network] = {**floor, "count": real[HELD_OUT].count}
+        # A generator that copies its training images is closer to them than to others.
+        to_held_out = compare(sets | real, names, HELD_OUT, HELD_OUT, resamples, seed, with_precision=False)[0]
+    for row in result["rows"]:
+        scores = row["distances"][network] = compared[row["name"]]
+        own = to_held_out.get(row["name"], {})
+        scores |= {f"{key}_to_held_out": own[key] for key in ("frechet", *KERNEL) if key in own}
+        if floor:
+            scores["frechet_ratio"] = scores["frechet"] / floor["frechet"] if floor["frechet"] > 0 else None
+        if floor and has_training:
+            features = (sets[row["name"]], real[REFERENCE], real[HELD_OUT])
+            copies, chance = copy_rate(*(statistics.features for statistics in features))
+            scores |= {"copy_rate": copies, "copy_rate_held_out": chance}
+            scores["copy_rate_training_images"] = len(real[REFERENCE].features)
+
+
+def _smaller_floor(held_out: RealImages | None, count: int) -> str | None:
+    if held_out is None or len(held_out.dataset) >= count:
+        return None
+    return (
+        f"the floor is that of {len(held_out.dataset)} held-out images: its Frechet distances have more "
+        f"bias than those of {count} samples, and ratios to it flatter them"
+    )
+
+
+def _few_images(network: str, dim: int, count: int) -> list[str]:
+    needed = IMAGES_A_DIMENSION * dim
+    if count >= needed:
+        return []
+    return [
+        f"{count} samples are fewer than {IMAGES_A_DIMENSION} a dimension of {network.split(':')[0]} ({needed}): most "
+        "of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the floor"
+    ]
+
+
+def _first_of_each_class(labels: Tensor) -> list[list[int]]:
+    """Indices of the first samples of every shown class, equally many; the classes are spread over all there are."""
+    classes, counts = labels.unique(return_counts=True)
+    chosen = [i * len(classes) // SHOWN_CLASSES for i in range(SHOWN_CLASSES)]
+    chosen = chosen if len(classes) > SHOWN_CLASSES else list(range(len(classes)))
+    columns = min(SHOWN_A_CLASS, int(counts[chosen].min()))
+    return [torch.nonzero(labels == classes[i]).flatten()[:columns].tolist() for i in chosen]

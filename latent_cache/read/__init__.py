@@ -1,0 +1,1 @@
+"""Reading a cache: mapped or streamed, in an order that can be resumed."""

@@ -1,0 +1,1 @@
+"""Building a cache: encode once, normalise, close with a manifest."""

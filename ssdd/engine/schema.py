@@ -1,0 +1,73 @@
+"""The keys of a config: a dataclass tree as dotted names with types, and a config as YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from ssdd.engine.files import plain
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A config dataclass as nested dicts of plain JSON values."""
+    return plain(cfg)
+
+
+def to_yaml(cfg: Any) -> str:
+    """A config dataclass as YAML that ``preset=FILE.yaml`` reads back to an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(cfg, standard=False)))
+
+
+class SchemaField(NamedTuple):
+    """One key of a schema: a value, or a group of keys when ``group`` is its dataclass."""
+
+    type: Any
+    optional: bool
+    group: type | None
+    field: dataclasses.Field
+    owner: type
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        return tuple(self.field.metadata.get("choices", ()))
+
+
+def schema_fields(schema: type, prefix: str = "") -> dict[str, SchemaField]:
+    """Full dotted key -> field, depth first in the order of declaration; groups come before their keys."""
+    found: dict[str, SchemaField] = {}
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        kind, optional = strip_optional(hints[field.name])
+        group = kind if dataclasses.is_dataclass(kind) else None
+        found[prefix + field.name] = SchemaField(kind, optional, group, field, schema)
+        if group is not None:
+            found |= schema_fields(group, f"{prefix}{field.name}.")
+    return found
+
+
+def type_name(kind: Any, optional: bool = False) -> str:
+    """A field's type as the help and the errors print it, such as ``list[int]`` or ``float or null``."""
+    if kind is Any:
+        return "any value"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        name = " or ".join(type_name(part) for part in typing.get_args(kind))
+    elif isinstance(kind, type) and issubclass(kind, enum.Enum):
+        name = " | ".join(member.name for member in kind)
+    elif typing.get_args(kind):
+        arguments = ", ".join(type_name(part) for part in typing.get_args(kind) if part is not Ellipsis)
+        name = f"{typing.get_origin(kind).__name__}[{arguments}]"
+    else:
+        name = kind.__name__
+    return f"{name} or null" if optional else name
+
+
+def strip_optional(kind: Any) -> tuple[Any, bool]:
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind, kind is Any
+    parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
+    return (parts[0] if len(parts) == 1 else typing.Union[tuple(parts)]), len(parts) < len(typing.get_args(kind))  # noqa: UP007

@@ -1,0 +1,48 @@
+"""Checks of a training page: divisible batch, same config, finite loss, pictures that are due."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ssdd.engine import checkpoint
+from ssdd.engine.errors import UserError
+from ssdd.engine.processes import Processes
+
+
+def rows_a_process(key: str, batch_size: int, world: int, parts: int) -> int:
+    """Rows of a step's batch that each of `world` processes gets; UserError when they do not divide into `parts`."""
+    if batch_size < 1 or parts < 1 or batch_size % (world * parts):
+        raise UserError(
+            f"{key}={batch_size} does not divide into {world} processes of {parts} accumulated parts each; "
+            f"choose a multiple of {world * max(parts, 1)}"
+        )
+    return batch_size // world
+
+
+def check_identity(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """UserError that names what changed since the checkpoint in `folder` was written."""
+    changed = [f"{key} was {found.get(key)}, is {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
+    if changed:
+        raise UserError(
+            f"the run's checkpoint {folder} does not continue with this config and data: {'; '.join(changed)}. "
+            "Restore the old values, or choose another run_name"
+        )
+
+
+def check_finite(processes: Processes, bad_step: Tensor, last: Path) -> None:
+    """UserError when `bad_step` (int scalar, -1: none) names a step with a non-finite loss in any process."""
+    bad = [step for step in processes.gather(bad_step.unsqueeze(0)).tolist() if step >= 0]
+    if bad:
+        kept = f", and {last} keeps what came before" if checkpoint.exists(last) else " before the first checkpoint"
+        raise UserError(
+            f"the loss or its gradient was not finite at step {min(bad)}; training stopped{kept}. "
+            "Lower training.lr, set training.grad_clip, or use training.mixed_precision=no, and start again"
+        )
+
+
+def picture_due(every: int | None, done: int, otherwise: bool) -> bool:
+    """Whether `done` steps call for a picture: every so many (0: never), or for None if `otherwise` does."""
+    return otherwise if every is None else every > 0 and done % every == 0

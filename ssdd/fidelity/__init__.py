@@ -1,0 +1,1 @@
+"""How alike sets of images are: feature networks, statistics, distances, pixel metrics, comparisons."""

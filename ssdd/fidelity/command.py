@@ -1,0 +1,212 @@
+"""Compare sets of images: `python scripts/fidelity.py SAMPLES [MORE ...] REFERENCE features=inception`.
+
+A set is a folder of image files or of WebDataset shards, an npz with uint8 `arr_0`, ADM's reference npz, or a file of
+statistics; the last one is the reference. Its statistics are measured once and kept. Everything that moves a figure is
+in the result: networks, weights, resize, crop, counts of files by format and size.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssdd.engine.cli import parse
+from ssdd.engine.errors import UserError
+from ssdd.engine.files import write_json
+from ssdd.engine.locale_independence import use_utf8
+from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, frechet_floor, paired_differences
+from ssdd.fidelity.features import FeatureNetwork, load_networks
+from ssdd.fidelity.kid import KernelEstimate, kernel_distance_of_subsets
+from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.set_to_measure import SetToMeasure
+from ssdd.fidelity.statistics import default_cache
+from ssdd.fidelity.stored_sets import check_comparable
+
+LABELS = {"frechet": "Frechet", "spatial_frechet": "spatial Frechet"}
+INCEPTION_LABELS = {"frechet": "FID", "spatial_frechet": "sFID"}
+
+
+@dataclass
+class FidelityConfig:
+    """Sets of images against a reference set."""
+
+    sets: list[str] = field(default_factory=list)
+    """The sets, the reference last; the same as naming them without a key."""
+    features: str = "auto"
+    """Networks, separated by commas: inception, efficientnet_lite0, dinov2, clip, timm/MODEL; auto: what is here."""
+    out: str = "metrics.json"
+    """File of the result."""
+    im_size: int | None = None
+    """Cut all images to squares of this side with `crop`; null takes them as they are."""
+    crop: str = field(default="adm", metadata={"choices": ("adm", "resize")})
+    """adm (box halving, bicubic; every gFID reference's) or resize (bilinear short side, centre crop)."""
+    allow_mismatch: bool = False
+    """Compare sets of different sizes or crops all the same, and say so in the result."""
+    decide: str = field(default="none", metadata={"choices": ("none", "kid", "frechet")})
+    """Say which of several sets is closer to the reference. By frechet only with enough images for its bias."""
+    batch_size: int = 64
+    """Images a forward pass."""
+    resamples: int = 200
+    """Bootstrap resamples of images for KID's interval."""
+    kid_subsets: int = 100
+    """Random subsets of KID as torch-fidelity has it."""
+    kid_subset_size: int = 1000
+    """Images of such a subset; sets that have fewer go without this estimate."""
+    seed: int = 2020
+    """Of the subsets and the bootstrap; 2020 is torch-fidelity's."""
+    cache: str = field(default_factory=lambda: str(default_cache()))
+    """Folder of the reference's statistics; empty keeps none."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare, print a table, write the result. 2 for an error that the user can mend."""
+    if argv is None:
+        use_utf8()
+    argv = sys.argv[1:] if argv is None else argv
+    paths = [word for word in argv if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+    try:
+        cfg = parse(
+            FidelityConfig, [word for word in argv if word not in paths], program="fidelity", description=__doc__
+        )
+        cfg.sets = cfg.sets + paths
+        result = run(cfg)
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    print(table(result))
+    write_json(cfg.out, result)
+    print(f"written to {cfg.out}")
+    return 0
+
+
+def run(cfg: FidelityConfig) -> dict[str, Any]:
+    """Measure every set once a network and compare it with the last one; returns what goes to `out`."""
+    if len(cfg.sets) < 2:
+        raise UserError("give two sets or more, the reference last: python scripts/fidelity.py SAMPLES REFERENCE")
+    if len(set(cfg.sets)) < len(cfg.sets):
+        raise UserError("a set is named twice; identical sets have distance 0")
+    if cfg.decide != "none" and len(cfg.sets) < 3:
+        raise UserError(f"decide={cfg.decide} needs two sets of samples and a reference")
+    opened = {path: SetToMeasure(path, cfg.im_size, cfg.crop) for path in cfg.sets}
+    *names, reference = cfg.sets
+    notes = []
+    for name in names:
+        pair = (opened[name].treatment, opened[reference].treatment)
+        notes.append(check_comparable(*pair, (name, reference), cfg.allow_mismatch))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    networks = load_networks(cfg.features.split(","), device)
+    if not networks:
+        raise UserError("no feature network has its weights on this machine; name one to be told how to fetch it")
+    for images in opened.values():
+        for network in networks:
+            images.check_network(network)
+    check_decision(cfg.decide, [opened[name].count for name in names], networks)
+    result: dict[str, Any] = {
+        "reference": opened[reference].describe(),
+        "sets": {name: opened[name].describe() for name in names},
+        "networks": {network.name: network.provenance() for network in networks},
+        "metrics": {},
+        "notes": [note for note in notes if note],
+    }
+    for network in networks:
+        cache = Path(cfg.cache) if cfg.cache else None
+        sets = {
+            name: opened[name].statistics(network, cfg.batch_size, cache=cache if name == reference else None)
+            for name in cfg.sets
+        }
+        scores, kernels = compare(sets, names, reference, reference, cfg.resamples, cfg.seed)
+        for name in names:
+            scores[name] |= _beside(cfg, sets[name], sets[reference])
+            if floor := scores[name].get("frechet_floor"):
+                scores[name]["frechet_ratio"] = scores[name]["frechet"] / floor
+        result["metrics"][network.name] = scores
+        result["notes"] += _few_images(network, sets, names)
+        if cfg.decide != "none":
+            result.setdefault("decision", {})[network.name] = decide(cfg.decide, names, scores, kernels)
+    return result
+
+
+def _beside(cfg: FidelityConfig, samples: Statistics, reference: Statistics) -> dict[str, Any]:
+    """Counts, the real-against-real floor, KID over torch-fidelity's random subsets."""
+    both = [part.features for part in (samples, reference) if part.features is not None]
+    found: dict[str, Any] = {
+        "counts": [samples.count, reference.count],
+        "images_a_dimension": samples.count and samples.count / len(samples.mean),
+    }
+    floor = frechet_floor(reference, samples.count) if samples.count else None
+    if floor is not None:
+        value, counts = floor
+        found |= {"frechet_floor": value, "frechet_floor_counts": list(counts)}
+    if len(both) == 2 and min(len(part) for part in both) >= cfg.kid_subset_size:
+        mean, deviation = kernel_distance_of_subsets(*both, cfg.kid_subsets, cfg.kid_subset_size, cfg.seed)
+        found |= {"kid_of_subsets": mean, "kid_of_subsets_deviation": deviation}
+    return found
+
+
+def _few_images(network: FeatureNetwork, sets: dict[str, Statistics], names: list[str]) -> list[str]:
+    needed = IMAGES_A_DIMENSION * network.dim
+    return [
+        f"{name}: {sets[name].count} images are fewer than {IMAGES_A_DIMENSION} a dimension of {network.name} "
+        f"({needed}), so most of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the "
+        "floor"
+        for name in names
+        if sets[name].count is not None and sets[name].count < needed
+    ]
+
+
+def check_decision(by: str, counts: list[int | None], networks: list[FeatureNetwork]) -> None:
+    """UserError when raw Frechet distances of sets of these `counts` must not decide anything."""
+    needed = max(IMAGES_A_DIMENSION * network.dim for network in networks)
+    if by == "frechet" and (None in counts or len(set(counts)) > 1 or min(counts) < needed):
+        raise UserError(
+            f"decide=frechet: raw Frechet distances of {', '.join(str(count) for count in counts)} images decide "
+            f"nothing: their bias does. That takes equal counts of at least {needed} ({IMAGES_A_DIMENSION} a "
+            "dimension). Use decide=kid"
+        )
+
+
+def decide(
+    by: str, names: list[str], scores: dict[str, dict[str, Any]], kernels: dict[str, KernelEstimate]
+) -> dict[str, Any]:
+    """Which set is closest; by KID every difference comes with a 95 % interval, and may leave it open (None).
+
+    UserError by KID when only statistics of a set are there.
+    """
+    if by == "frechet":
+        return {"by": by, "closest": min(names, key=lambda name: scores[name]["frechet"])}
+    if len(kernels) < len(names):
+        raise UserError("decide=kid needs the images of every set, not only statistics")
+    differences = paired_differences(kernels, names)
+    closest = min(names, key=lambda name: scores[name]["kid"])
+    pairs = [pair for other in names for pair in (f"{closest} - {other}", f"{other} - {closest}")]
+    own = [differences[pair] for pair in pairs if pair in differences]
+    sure = not any(difference["low"] <= 0 <= difference["high"] for difference in own)
+    return {"by": by, "closest": closest if sure else None, "differences": differences}
+
+
+def table(result: dict[str, Any]) -> str:
+    """How each set was treated, then a block of lines a network and set."""
+    lines = []
+    for name, described in (*result["sets"].items(), ("reference", result["reference"])):
+        lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in described.items() if key != "path"))
+    for network, scores in result["metrics"].items():
+        labels = INCEPTION_LABELS if network == "inception" else LABELS
+        for name, row in scores.items():
+            lines.append(f"\n{name}, {network} (weights {result['networks'][network]['checksum'][:8]}):")
+            for key, value in row.items():
+                shown = f"{value:.6g}" if isinstance(value, float) else value
+                lines.append(f"  {labels.get(key, key.replace('_', ' '))}: {shown}")
+    for network, decision in result.get("decision", {}).items():
+        lines.append(
+            f"\nclosest by {decision['by']} on {network}: {decision['closest'] or 'left open by the interval'}"
+        )
+    lines += [f"\nnote: {note}" for note in result["notes"]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

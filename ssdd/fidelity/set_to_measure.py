@@ -1,0 +1,160 @@
+"""Anything with statistics, opened by path: a set of images, our statistics file, or another evaluator's.
+
+Also read: ADM's npz (`mu`, `sigma`, `mu_s`, `sigma_s`, and `arr_0` with the images of precision and recall), npz with
+`mu` and `sigma` of other evaluators, and the files of torch-fidelity's cache. Nothing in a foreign file is executed.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
+from ssdd.engine.files import sha256_file
+from ssdd.engine.pretrained import read_torch_file
+from ssdd.fidelity.features import FeatureNetwork
+from ssdd.fidelity.measure import measure, measure_once
+from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.statistics import load_statistics
+from ssdd.fidelity.stored_sets import NPZ_IMAGES, ImageSet, Treatment, open_set
+
+FOREIGN_NETWORK = "inception"  # what mu and sigma of foreign files were measured with
+
+
+class SetToMeasure:
+    """Anything with statistics: images, or a file of statistics, opened by path.
+
+    treatment, describe(): as an `ImageSet`; statistics(network, ...): measured or read.
+    """
+
+    def __init__(self, path: str | Path, im_size: int | None = None, crop: str = "adm") -> None:
+        self.path = Path(path)
+        self.images: ImageSet | None = None
+        self._loaded: tuple[Statistics, dict[str, Any]] | None = None
+        if self.path.suffix == ".safetensors":
+            self._loaded = load_statistics(self.path)
+        elif self.path.suffix in (".pt", ".pth"):
+            self._loaded = _torch_fidelity_file(self.path)
+        elif self.path.suffix == ".npz" and self.path.is_file() and "mu" in _npz_names(self.path):
+            if NPZ_IMAGES in _npz_names(self.path):
+                self.images = open_set(self.path)
+            self._loaded = _adm_file(self.path, self.images)
+        else:
+            self.images = open_set(path, im_size, crop)
+        if self._loaded is None:
+            self.treatment = self.images.treatment
+        else:
+            provenance = self._loaded[1]
+            self.treatment = Treatment(provenance["crop"], tuple(provenance["size"]) if provenance["size"] else None)
+
+    @property
+    def count(self) -> int | None:
+        """Images that the statistics are of, None when a foreign file does not say."""
+        return self._loaded[0].count if self._loaded else len(self.images)
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of the set, in JSON values."""
+        if self._loaded is None:
+            return self.images.describe()
+        return {"path": str(self.path), "statistics": self._loaded[1]}
+
+    def statistics(
+        self, network: FeatureNetwork, batch_size: int, keep_features: bool = True, cache: Path | None = None
+    ) -> Statistics:
+        """Statistics for `network`; with `cache` measured once. UserError as `check_network`.
+
+        ADM's file says nothing of its count, and its features are those of its 10 000 images.
+        """
+        if self._loaded is None:
+            if cache is not None:
+                return measure_once(self.images, network, batch_size, cache)
+            return measure(self.images, network, batch_size, keep_features)
+        self.check_network(network)
+        statistics = self._loaded[0]
+        if self.images is not None and keep_features:
+            features = measure(self.images, network, batch_size).features
+            statistics = replace(statistics, features=features)
+        return statistics
+
+    def check_network(self, network: FeatureNetwork) -> None:
+        """UserError when this is a file of another network's statistics."""
+        if self._loaded is None:
+            return
+        statistics, provenance = self._loaded
+        own = provenance["checksum"] is None or provenance["checksum"] == network.checksum
+        if provenance["network"] != network.name or not own or len(statistics.mean) != network.dim:
+            raise UserError(
+                f"{self.path} was measured with {provenance['network']} (weights {provenance['checksum']}, "
+                f"{len(statistics.mean)} numbers), not with {network.name} (weights {network.checksum}, {network.dim} "
+                f"numbers); give features={provenance['network']}, or the images"
+            )
+
+
+def _adm_file(path: Path, images: ImageSet | None) -> tuple[Statistics, dict[str, Any]]:
+    names = _npz_names(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
+    except ValueError as problem:
+        raise UserError(f"{path}: mu and sigma are no plain arrays: {problem}") from problem
+    spatial = None
+    if {"mu_s", "sigma_s"} <= set(arrays):
+        spatial = _gaussian(path, arrays["mu_s"], arrays["sigma_s"])
+    statistics = replace(_gaussian(path, arrays["mu"], arrays.get("sigma", np.nan)), spatial=spatial)
+    return statistics, _foreign_provenance(path, images)
+
+
+def _torch_fidelity_file(path: Path) -> tuple[Statistics, dict[str, Any]]:
+    """`NAME-EXTRACTOR-stat-fid-LAYER.pt` of torch-fidelity's cache: a dict of the arrays mu and sigma."""
+    check_regular(path)
+    numpy = np._core if hasattr(np, "_core") else np.core
+    harmless = [numpy.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            file = read_torch_file(path)
+        mu, sigma = file["mu"], file["sigma"]
+    except Exception as problem:  # unpickling raises almost anything on a foreign file
+        raise UserError(f"{path} is no statistics file of torch-fidelity (mu, sigma): {problem}") from problem
+    return _gaussian(path, mu, sigma), _foreign_provenance(path, None)
+
+
+def _foreign_provenance(path: Path, images: ImageSet | None) -> dict[str, Any]:
+    return {
+        "network": FOREIGN_NETWORK,
+        "checksum": None,
+        "crop": "unknown",
+        "size": list(images.treatment.size) if images is not None else None,
+        "count": None,
+        "fingerprint": sha256_file(path),
+    }
+
+
+def _gaussian(path: Path, mean: Any, cov: Any) -> Statistics:
+    try:
+        mean, cov = (torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in (mean, cov))
+    except (TypeError, ValueError) as problem:
+        raise UserError(f"{path}: mu and sigma are no numbers: {problem}") from problem
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not _finite(mean, cov):
+        raise UserError(
+            f"{path}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} are no finite mean and covariance"
+        )
+    return Statistics(None, mean, cov)
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _npz_names(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except zipfile.BadZipFile as problem:
+        raise UserError(f"{path} is not a whole npz file: {problem}") from problem

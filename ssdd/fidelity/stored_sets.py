@@ -1,0 +1,272 @@
+"""Anyone's sets of images, as they lie on a disk: image files of any sizes, WebDataset shards, ADM's npz of samples.
+
+Images come as stored 8-bit RGB pixels. A set says how they were treated: counts of files by format and size, and the
+named crop. Sets that were treated differently are not comparable (facts 3.4), and `check_comparable` refuses them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular
+from ssdd.images.crops import adm_crop, centre_crop, resize_short_side
+from ssdd.images.shards import ShardedImages, index_tar, pictures_of
+from ssdd.images.stored_files import IMAGE_SUFFIXES, ImageFiles
+
+NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"
+CROPS = {
+    "adm": adm_crop,
+    "resize": lambda image, size: centre_crop(resize_short_side(image, size, Image.Resampling.BILINEAR), size),
+}
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How images came to their size.
+
+    crop: adm, resize, none (taken as they are), or unknown (a foreign file that does not say);
+    size: (height, width) of all images, None when they differ or when it is unknown.
+    """
+
+    crop: str
+    size: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        size = f"{self.size[1]}x{self.size[0]}" if self.size else "sizes that differ or are unknown"
+        return f"{size}, crop {self.crop}"
+
+
+def check_comparable(a: Treatment, b: Treatment, names: tuple[str, str], allow_mismatch: bool) -> str | None:
+    """What makes two sets incomparable, or None; UserError unless `allow_mismatch`.
+
+    Images taken as they are fit any crop to their own size. An unknown treatment is trusted as far as sizes agree.
+    """
+    problem = None
+    if "unknown" not in (a.crop, b.crop) and (a.size is None or b.size is None):
+        problem = "images of one set have different sizes"
+    elif a.size is not None and b.size is not None and a.size != b.size:
+        problem = "the images differ in size"
+    elif a.crop != b.crop and not {a.crop, b.crop} & {"none", "unknown"}:
+        problem = "the crops differ"
+    if problem is None:
+        return None
+    problem = f"{problem} ({names[0]}: {a}; {names[1]}: {b})"
+    if not allow_mismatch:
+        raise UserError(
+            f"{problem}: such distances are not comparable with published ones. Set im_size=N for the same crop of "
+            "both (crop=adm is that of every gFID reference), or allow_mismatch=true to compare them as they are"
+        )
+    return problem
+
+
+class ImageSet:
+    """A set of images: its length, its treatment, a description, and its pixels in batches."""
+
+    def __init__(self, path: Path, treatment: Treatment, sizes: dict[str, int], count: int) -> None:
+        self.path = path
+        self.treatment = treatment
+        self.sizes = sizes
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """(uint8 [n, 3, h, w], indices int64 [n]) of the images rank, rank + world, ...; all of a batch of one size."""
+        pixels: list[np.ndarray] = []
+        indices: list[int] = []
+        for index, image in self._images(range(rank, len(self), world)):
+            if pixels and (len(pixels) == batch_size or image.shape != pixels[0].shape):
+                yield _stacked(pixels), torch.tensor(indices)
+                pixels, indices = [], []
+            pixels.append(image)
+            indices.append(index)
+        if pixels:
+            yield _stacked(pixels), torch.tensor(indices)
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of the set, in JSON values."""
+        size = list(self.treatment.size) if self.treatment.size else None
+        return {
+            "path": str(self.path),
+            "count": len(self),
+            "stored": self.sizes,
+            "crop": self.treatment.crop,
+            "size": size,
+            "labels": self.labels(),
+            "rounding": "8-bit pixels as stored",
+        }
+
+    def labels(self) -> str:
+        return "not stored"
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of what the set holds, not of where it lies."""
+        raise NotImplementedError
+
+    def _images(self, indices: range) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, uint8 [h, w, 3]) in ascending order."""
+        raise NotImplementedError
+
+
+def open_set(path: str | Path, im_size: int | None = None, crop: str = "adm") -> ImageSet:
+    """Open an image folder (searched recursively, in the order of paths), WebDataset shards (a .tar, or a folder that
+    has them and no image files), or an npz with uint8 NHWC `arr_0`.
+
+    im_size: side of the square that `crop` (adm or resize) cuts; None takes images as they are.
+    UserError when there is no image, or the file is of another kind.
+    """
+    path = Path(path)
+    if im_size is not None and im_size < 1:
+        raise UserError(f"im_size={im_size}: expected a positive number of pixels, or null")
+    if not path.is_dir():
+        check_regular(path)
+    if path.is_dir():
+        return _Pictures(path, _pictures_below(path), im_size, crop)
+    if path.suffix.lower() == ".tar" and path.is_file():
+        return _Pictures(path, _in_shards([path]), im_size, crop)
+    if path.suffix == ".npz" and path.is_file():
+        return _Npz(path, im_size, crop)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    raise UserError(f"{path}: expected a folder of images, .tar shards of them, or an .npz file with {NPZ_IMAGES}")
+
+
+def _pictures_below(path: Path) -> ImageFiles | ShardedImages:
+    """The image files of a folder, or the pictures of its shards where it has no image file."""
+    names = sorted(
+        os.path.relpath(os.path.join(folder, name), path)
+        for folder, files in _folders_below(path)
+        for name in files
+        if name.lower().endswith((*IMAGE_SUFFIXES, ".tar")) and not name.startswith(".")
+    )
+    if files := [name for name in names if not name.lower().endswith(".tar")]:
+        return ImageFiles(path, files)
+    if not names:
+        raise UserError(
+            f"no images in {path}: expected files {', '.join(IMAGE_SUFFIXES)} or .tar, also in folders below it"
+        )
+    return _in_shards([path / name for name in names])
+
+
+def _folders_below(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, files in it), links to folders followed. UserError for one that leads in a circle."""
+    for folder, folders, files in os.walk(path, followlinks=True):
+        for link in (Path(folder, name) for name in folders):
+            if link.is_symlink() and Path(folder).resolve().is_relative_to(link.resolve()):
+                raise UserError(f"{link} leads back to {link.resolve()}, where it lies itself: remove the link")
+        yield folder, files
+
+
+def _in_shards(tars: list[Path]) -> ShardedImages:
+    return pictures_of([(tar, index_tar(tar, labelled=False)) for tar in tars])[0]
+
+
+class _Pictures(ImageSet):
+    """Encoded pictures, one at a time."""
+
+    def __init__(self, path: Path, pictures: ImageFiles | ShardedImages, im_size: int | None, crop: str) -> None:
+        self._pictures = pictures
+        self._im_size, self._crop = im_size, crop
+        stored, shapes = Counter(), set()
+        for index in range(len(pictures.names)):
+            kind, width, height = pictures.stored(index)
+            stored[f"{kind} {width}x{height}"] += 1
+            shapes.add((height, width))
+        super().__init__(path, _treatment(shapes, im_size, crop), dict(stored.most_common()), len(pictures.names))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        self._pictures.add_to(digest)
+        return digest.hexdigest()
+
+    def _images(self, indices: range) -> Iterator[tuple[int, np.ndarray]]:
+        for index in indices:
+            yield index, _cropped(self._pictures.read(index), self._im_size, self._crop)
+
+
+class _Npz(ImageSet):
+    """Read as a stream, one image after the other: 50 000 images of 256 px are 9.8 GB."""
+
+    def __init__(self, path: Path, im_size: int | None, crop: str) -> None:
+        self._im_size, self._crop = im_size, crop
+        with _npz(path) as archive:
+            self._members = sorted((entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist())
+            if f"{NPZ_IMAGES}.npy" not in archive.namelist():
+                raise UserError(f"{path} holds no images: there is no array {NPZ_IMAGES}")
+            with archive.open(f"{NPZ_IMAGES}.npy") as stream:
+                self._shape = _image_header(path, stream)
+        count, height, width, _ = self._shape
+        treatment = _treatment({(height, width)}, im_size, crop)
+        super().__init__(path, treatment, {f"npz RGB {width}x{height}": count}, count)
+
+    def labels(self) -> str:
+        with _npz(self.path) as archive:
+            if f"{NPZ_LABELS}.npy" not in archive.namelist():
+                return "not stored"
+        labels = np.load(self.path, allow_pickle=False)[NPZ_LABELS]
+        counts = np.unique(labels, return_counts=True)[1]
+        return f"{len(counts)} classes, {'balanced' if len(set(counts.tolist())) == 1 else 'random or unbalanced'}"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self._members).encode()).hexdigest()
+
+    def _images(self, indices: range) -> Iterator[tuple[int, np.ndarray]]:
+        size = int(np.prod(self._shape[1:]))
+        with _npz(self.path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
+            _image_header(self.path, stream)
+            for index in range(len(self)):
+                data = stream.read(size)
+                if len(data) < size:
+                    raise UserError(f"{self.path} ends after {index} of {len(self)} images: copy it again")
+                if index in indices:
+                    pixels = np.frombuffer(data, np.uint8).reshape(self._shape[1:])
+                    yield index, _cropped(Image.fromarray(pixels), self._im_size, self._crop)
+
+
+def _npz(path: Path) -> zipfile.ZipFile:
+    check_regular(path)
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as problem:
+        raise UserError(f"{path} is not a whole npz file: {problem}") from problem
+
+
+def _image_header(path: Path, stream: Any) -> tuple[int, ...]:
+    """Shape of the images whose array starts here; leaves the stream at the first pixel."""
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except ValueError as problem:
+        raise UserError(f"{path}: the array {NPZ_IMAGES} is damaged: {problem}") from problem
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not shape[0]:
+        raise UserError(f"{path}: {NPZ_IMAGES} is {dtype} {shape}, expected uint8 images (n, height, width, 3)")
+    return shape
+
+
+def _treatment(shapes: set[tuple[int, int]], im_size: int | None, crop: str) -> Treatment:
+    if im_size is None or shapes == {(im_size, im_size)}:  # a crop to their own size leaves images as they are
+        return Treatment("none", next(iter(shapes)) if len(shapes) == 1 else None)
+    return Treatment(crop, (im_size, im_size))
+
+
+def _cropped(image: Image.Image, im_size: int | None, crop: str) -> np.ndarray:
+    return np.asarray(image if im_size is None else CROPS[crop](image, im_size))
+
+
+def _stacked(pixels: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)

@@ -1,0 +1,1 @@
+"""Images: sources, stored images, crops, batches, pixels."""

@@ -1,0 +1,39 @@
+"""Between image tensors in [-1, 1] and 8-bit pixels, and sheets of images.
+
+`to_uint8` is the only conversion of the project: every metric, picture and file goes through it, so that no two
+figures differ by half a grey level (truncating instead of rounding darkens by that much; facts 3.4).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Clamp, scale and round images in [-1, 1] (any float dtype, any shape) to uint8 in [0, 255]."""
+    return images.float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """Map uint8 pixels in [0, 255] to float32 in [-1, 1]; `to_uint8` brings back the same pixels."""
+    return pixels.float() / 127.5 - 1
+
+
+def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
+    """Lay images out in rows of `columns` on white.
+
+    images: uint8 [N, C, H, W] with C = 1 or 3; scale: whole-number enlargement without smoothing;
+    gap: white pixels between neighbours. Returns uint8 [height, width, 3].
+    """
+    pixels = images.detach().cpu().expand(-1, 3, -1, -1).numpy()  # [N, 3, H, W]
+    pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
+    count, _, height, width = pixels.shape
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for place, picture in enumerate(pixels):
+        top, left = place // columns * (height + gap), place % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = picture.transpose(1, 2, 0)
+    return sheet

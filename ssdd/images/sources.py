@@ -1,0 +1,175 @@
+"""Where images and their labels come from: scikit-learn digits, Fashion-MNIST, a folder of files, or shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ssdd.engine.errors import UserError
+from ssdd.engine.file_kinds import check_regular, other_kind
+from ssdd.engine.random import random_state
+from ssdd.images.shards import ShardedImages, open_shards
+from ssdd.images.small_sets import PixelArray, read_digits, read_fashion_mnist
+from ssdd.images.stored_files import IMAGE_SUFFIXES, ImageFiles, decode_rgb
+
+FLIP_OF_SOURCE = {"digits": False, "fashion_mnist": False, "imagefolder": True, "webdataset": True}
+SPLITS = ("train", "val")
+
+
+@dataclass
+class DatasetConfig:
+    source: str = field(
+        default="imagefolder", metadata={"choices": ("digits", "fashion_mnist", "imagefolder", "webdataset")}
+    )
+    """Where images come from: digits (scikit-learn, no download), fashion_mnist (IDX files), a folder, or shards."""
+    root: str | None = None
+    """Folder of the source; for imagefolder it wins over imagenet_root, for fashion_mnist over the usual places.
+
+    For webdataset a folder or URL (s3://, https://, ...) with train/*.tar and val/*.tar, or a pattern of shards as
+    URL/{train-{0000..1023},val-{00..63}}.tar. Samples: KEY.jpg|jpeg|png|webp with KEY.cls, or KEY.json with "label".
+    """
+    cache_dir: str | None = None
+    """webdataset: folder for copies of remote shards and for indices; null: ~/.cache/ssdd/shards."""
+    imagenet_root: str = "imagenet_data"
+    """Image folder in ImageNet layout, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg; used when root is not set."""
+    im_size: int = 128
+    """Side of the square images, in pixels."""
+    batch_size: int = 256
+    """Images a step over all processes together."""
+    aug_scale: float | None = None
+    """Training: resize the short side to a random length in [im_size, aug_scale * im_size) before the random crop."""
+    limit: int | None = None
+    """Use only this many images of each split, the same ones every time, as evenly over the classes as they allow."""
+    flip: bool | None = None
+    """Mirror half of the training images; null: what the source allows (no for digits and Fashion-MNIST, else yes)."""
+    crop: str = field(default="resize", metadata={"choices": ("resize", "adm")})
+    """Test-time crop: resize (bilinear short side, centre crop; the paper's) or adm (box halving, bicubic; gFID's)."""
+    workers: int | None = None
+    """Processes that decode images; 0: the training process itself; null: one a core, up to 8, for files and shards,
+    else 0. The batches are the same for any number."""
+    on_corrupt: str = field(default="error", metadata={"choices": ("error", "skip")})
+    """An unreadable image file: stop with its path (error), or leave it out and count it (skip)."""
+
+    @property
+    def reading_processes(self) -> int:
+        """`workers`, with null replaced."""
+        if self.workers is None:
+            return min(8, os.cpu_count() or 1) if self.source in ("imagefolder", "webdataset") else 0
+        return self.workers
+
+
+@dataclass
+class ImageSource:
+    """One split of labelled RGB images.
+
+    name: source name; split: train or val; labels: int64 [n]; class_names: one name a class;
+    flip: whether a mirror image is a valid image; pictures: reads image number i.
+    """
+
+    name: str
+    split: str
+    labels: np.ndarray
+    class_names: list[str]
+    flip: bool
+    pictures: PixelArray | ImageFiles | ShardedImages
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """Decode image `index` as PIL RGB, at its stored size. UserError with the path when it can't be read."""
+        return self.pictures.read(index)
+
+    def where(self, index: int) -> str:
+        """Say which picture `index` is: a path for files, else source, split and number."""
+        return self.pictures.where(index) or f"{self.name} {self.split} image {index}"
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of what the source holds: labels, class names, order and pictures, not where it lies."""
+        digest = hashlib.sha256()
+        for part in (self.name, self.split, *self.class_names):
+            digest.update(part.encode(errors="surrogateescape") + b"\0")
+        digest.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
+        self.pictures.add_to(digest)
+        return digest.hexdigest()
+
+
+def open_source(cfg: DatasetConfig, split: str) -> ImageSource:
+    """Open one split ("train" or "val") of the configured source; UserError when it is missing or malformed."""
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+    if cfg.limit is not None and cfg.limit < 1:
+        raise UserError(f"dataset.limit={cfg.limit}: expected a positive number of images, or null for all")
+    if cfg.source == "digits":
+        pictures, labels, class_names = read_digits(split, cfg.im_size)
+    elif cfg.source == "fashion_mnist":
+        pictures, labels, class_names = read_fashion_mnist(cfg.root, split)
+    elif cfg.source == "imagefolder":
+        root = Path(cfg.root or cfg.imagenet_root)
+        pictures, labels, class_names = _image_folder(root, split, check=cfg.on_corrupt == "error")
+    elif cfg.source == "webdataset":
+        if not cfg.root:
+            raise UserError("dataset.source=webdataset needs dataset.root=FOLDER_OR_URL of the shards")
+        pictures, labels, class_names = open_shards(cfg.root, split, cfg.cache_dir)
+    else:
+        raise UserError(f"dataset.source={cfg.source}: expected one of {', '.join(FLIP_OF_SOURCE)}")
+    if cfg.limit is not None and cfg.limit < len(labels):
+        chosen = balanced_order(labels)[: cfg.limit]
+        pictures, labels = pictures.subset(chosen), labels[chosen]
+    flip = FLIP_OF_SOURCE[cfg.source] if cfg.flip is None else cfg.flip
+    return ImageSource(cfg.source, split, labels, class_names, flip, pictures)
+
+
+def balanced_order(labels: np.ndarray) -> np.ndarray:
+    """A fixed order of all samples whose every beginning is as balanced over the classes as they allow.
+
+    Each round takes one random sample of every class that still has one. int64 [n], a function of `labels` alone.
+    """
+    draw = random_state("balanced order")
+    order = draw.permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    starts = np.searchsorted(labels[by_class], labels[by_class], side="left")
+    rounds = np.arange(len(labels)) - starts  # how many samples of its class come before each
+    shuffled = draw.permutation(len(labels))
+    return by_class[shuffled][np.argsort(rounds[shuffled], kind="stable")].astype(np.int64)
+
+
+def _image_folder(root: Path, split: str, check: bool) -> tuple[ImageFiles, np.ndarray, list[str]]:
+    """Files of ROOT/SPLIT/CLASS/, classes numbered in the sorted order of their names over both splits.
+
+    check: UserError at once for what has an image's name and is not a file; else it is an unreadable image.
+    """
+    layout = f"expected {root}/train/CLASS/*.png and {root}/val/CLASS/*.png (also {', '.join(IMAGE_SUFFIXES[1:])})"
+    if not (root / split).is_dir():
+        missing = root / split if root.is_dir() else root
+        raise UserError(f"no image folder at {missing}: {layout}. Set dataset.root=DIR (or dataset.imagenet_root=DIR)")
+    class_names = sorted({entry.name for s in SPLITS if (root / s).is_dir() for entry in _folders(root / s)})
+    names: list[str] = []
+    labels: list[int] = []
+    for label, class_name in enumerate(class_names):
+        folder = root / split / class_name
+        if not folder.is_dir():
+            continue
+        entries = [entry for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        for entry in entries:
+            if check and not entry.is_file(follow_symlinks=False) and other_kind(entry.path):
+                decode_rgb(Path(entry.path), entry.path)  # says what it is
+        files = sorted(entry.name for entry in entries)
+        names.extend(f"{split}/{class_name}/{name}" for name in files)
+        labels.extend([label] * len(files))
+    if not names:
+        raise UserError(f"no images in {root / split}: {layout}")
+    return ImageFiles(root, names), np.array(labels, dtype=np.int64), class_names
+
+
+def _folders(path: Path) -> list[os.DirEntry[str]]:
+    entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+    for entry in entries:
+        if entry.is_symlink() and "link" in (other_kind(entry.path) or ""):  # of a class, which would go missing
+            check_regular(entry.path)
+    return [entry for entry in entries if entry.is_dir()]

