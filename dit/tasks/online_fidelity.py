@@ -14,8 +14,8 @@ from dit.config import DiTConfig
 from dit.model import DiT
 from dit.tasks.build import Cache
 from dit.tasks.cache_images import CacheImages
-from dit.tasks.looks import SampleDecoder
 from dit.tasks.sample import sample_labels
+from dit.tasks.sample_decoder import SampleDecoder
 from ssdd.engine.errors import UserError
 from ssdd.engine.pretrained import find, has
 from ssdd.engine.processes import Processes

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrize import is_parametrized
 
-from ssdd.engine.sharding import local
+from ssdd.engine.sharding import local, whole
 
 
 def parameter_groups(named_parameters: Mapping[str, Tensor], modules: nn.Module, weight_decay: float) -> list[dict]:
@@ -72,3 +73,35 @@ def averaged_weights(optimizer: torch.optim.Optimizer, named_parameters: Mapping
                 strict=True,
             )
     return averages
+
+
+class GradientStep:
+    """The way from a step's losses to new weights: scaled where the precision needs it, clipped together, applied.
+
+    largest: gradient norm of all `parameters` together that is clipped to; 0 does not clip.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[Tensor],
+        largest: float,
+        scaler: torch.amp.GradScaler,
+    ):
+        self.optimizer, self.parameters, self.scaler = optimizer, list(parameters), scaler
+        self.largest = largest or math.inf
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, or of a part of it."""
+        self.scaler.scale(loss).backward()
+
+    def apply(self, lr: float) -> Tensor:
+        """Take the step; returns the norm of the gradients before clipping, a scalar on the device."""
+        self.scaler.unscale_(self.optimizer)
+        norm = whole(clip_grad_norm_(self.parameters, self.largest))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -80,12 +79,6 @@ class Precision:
         """What results and manifests say: {"mixed_precision": name, "why": ...}, with the CPU's capability on CPUs."""
         told = {"mixed_precision": self.name, "why": self.why}
         return told | {"cpu": cpu_capability()} if self.device.type == "cpu" else told
-
-    def headline(self, state: dict[str, Any]) -> str:
-        """The first line of a run's log; says so where the checkpoint's `state` was trained in another precision."""
-        before = state.get("precision", self.name)
-        changed = "" if before == self.name else f"; {before} until step {state['step']}"
-        return f"precision {self}{changed}"
 
     def __str__(self) -> str:
         return self.why

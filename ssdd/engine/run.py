@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import plain, write_atomic, write_json
+from ssdd.engine.files import plain, read_json, write_atomic, write_json
 
 
 class RunDirectory:
@@ -20,6 +20,7 @@ class RunDirectory:
         self.name = run_name
         self.path = Path(ckpt_dir).expanduser() / "jobs" / run_name
         self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last"
         self.pictures = self.path / "pictures"
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
@@ -30,6 +31,21 @@ class RunDirectory:
         from ssdd.engine.schema import to_yaml
 
         write_atomic(self.path / "config.yaml", to_yaml(cfg))
+
+    def finished(self, cfg: Any) -> dict[str, Any] | None:
+        """The result of a run that has ended with this very config; None where something may be left to do."""
+        from ssdd.engine.schema import to_yaml
+
+        config = self.path / "config.yaml"
+        if not (self.result.is_file() and config.is_file() and config.read_text(encoding="utf-8") == to_yaml(cfg)):
+            return None
+        return read_json(self.result)
+
+    def begin(self, cfg: Any, step: int) -> None:
+        """A run with this config goes on after `step` steps: what was written of later ones goes."""
+        self.save_config(cfg)
+        self.truncate_metrics(step)
+        self.result.unlink(missing_ok=True)
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Add one line, a JSON object (with its ``step``), to ``metrics.jsonl``; NaN and infinity become null."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssdd.engine import checkpoint
@@ -32,15 +33,33 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], folder: Path) 
         )
 
 
-def check_finite(processes: Processes, bad_step: Tensor, last: Path) -> None:
-    """UserError when `bad_step` (int scalar, -1: none) names a step with a non-finite loss in any process."""
-    bad = [step for step in processes.gather(bad_step.unsqueeze(0)).tolist() if step >= 0]
-    if bad:
-        kept = f", and {last} keeps what came before" if checkpoint.exists(last) else " before the first checkpoint"
-        raise UserError(
-            f"the loss or its gradient was not finite at step {min(bad)}; training stopped{kept}. "
-            "Lower training.lr, set training.grad_clip, or use training.mixed_precision=no, and start again"
-        )
+class FirstBadStep:
+    """The first step with a loss or gradient that is not finite; found on the device, asked where a line is due."""
+
+    def __init__(self, device: torch.device):
+        self.step = torch.full((), -1, device=device)  # -1: none
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def see(self, *values: Tensor | None) -> None:
+        """Look at scalars of the current step."""
+        for value in values:
+            if value is not None:
+                self._finite = self._finite & value.isfinite()
+
+    def end(self, done: int) -> None:
+        """The current step, the `done`-th, is over."""
+        self.step = torch.where((self.step < 0) & ~self._finite, done, self.step)
+        self._finite = torch.ones_like(self._finite)
+
+    def check(self, processes: Processes, last: Path) -> None:
+        """UserError when any process has seen a bad step. Waits for the device."""
+        bad = [step for step in processes.gather(self.step.unsqueeze(0)).tolist() if step >= 0]
+        if bad:
+            kept = f", and {last} keeps what came before" if checkpoint.exists(last) else " before the first checkpoint"
+            raise UserError(
+                f"the loss or its gradient was not finite at step {min(bad)}; training stopped{kept}. "
+                "Lower training.lr, set training.grad_clip, or use training.mixed_precision=no, and start again"
+            )
 
 
 def picture_due(every: int | None, done: int, otherwise: bool) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from ssdd.config import SSDDConfig
 from ssdd.engine.checkpoint import resolve
 from ssdd.engine.errors import UserError
 from ssdd.engine.precision import Precision
-from ssdd.engine.processes import Processes
 from ssdd.engine.throughput import count_flop
 from ssdd.images.batches import eval_batches
 from ssdd.images.dataset import ImageDataset
@@ -23,7 +21,6 @@ from ssdd.losses.distillation import DistillationObjective
 from ssdd.losses.objective import AutoencoderObjective, FlowObjective, ImageLosses, step_draws
 from ssdd.losses.perceptual import FeatureDistance, Lpips
 from ssdd.losses.repa import PatchTokens, RepaLoss
-from ssdd.losses.stored_targets import TargetStore
 from ssdd.model.decoder import TransformerBlock
 from ssdd.model.encoder import ENCODER_NAME, EncoderAttention, EncoderBlock
 from ssdd.model.layers import ResnetBlock
@@ -164,21 +161,6 @@ def latent_deviation(cfg: SSDDConfig, network: SSDD) -> Tensor:
     device = next(network.decoder.parameters()).device
     means = torch.cat([network.encode(part.to(device)).mode() for part in x.split(32)])
     return means.std(dim=(0, 2, 3), correction=0)
-
-
-def build_targets(
-    cfg: SSDDConfig, objective: DistillationObjective, dataset: ImageDataset, teacher: Any, processes: Processes
-) -> TargetStore:
-    """The stored targets of a distillation, complete. teacher: checksums of its weights. UserError for other z."""
-    if cfg.distill.z != "mean":
-        raise UserError(f"distill.targets=cache stores the posterior's mean: not for distill.z={cfg.distill.z}")
-    steps, sampler = cfg.ssdd.fm_sampler.steps, vars(cfg.ssdd.fm_sampler)
-    identity = {"teacher": teacher, "sampler": sampler, "data": dataset.source.fingerprint()}
-    identity |= {"im_size": cfg.dataset.im_size, "crop": cfg.dataset.crop}
-    store = TargetStore(Path(cfg.ckpt_dir) / "cache", identity, len(dataset), cfg.distill.noises, cfg.seed)
-    store.build(dataset, objective.teacher, steps, processes.rank, processes.world)
-    processes.wait()
-    return store
 
 
 def flop_per_image(cfg: SSDDConfig, objective: nn.Module, precision: Precision) -> int:

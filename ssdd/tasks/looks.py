@@ -1,19 +1,77 @@
-"""Pictures of a tokenizer in training: the same validation images above their reconstructions from the same noise."""
+"""Looks at a tokenizer in training: evaluations of its averaged weights, and pictures of what they make."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from ssdd.config import SSDDConfig
+from ssdd.engine.log import ProgressLog
 from ssdd.engine.precision import Precision
+from ssdd.engine.processes import Processes
 from ssdd.engine.random import indexed_noise
+from ssdd.engine.sharding import gathered
+from ssdd.engine.state import TrainingState
+from ssdd.engine.training_checks import picture_due
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.pixels import from_uint8, grid, to_uint8
 from ssdd.images.sources import open_source
+from ssdd.model.compared_decoders import Row
 from ssdd.model.tokenizer import SSDD
+from ssdd.tasks.evaluate import Evaluation
 
 SMALLEST_SIDE = 64  # images below this size are enlarged
+
+
+class Looks:
+    """When a run's averaged weights are evaluated and drawn, and what comes of it; made before training starts."""
+
+    def __init__(self, cfg: SSDDConfig, network: SSDD, processes: Processes, precision: Precision):
+        training = cfg.training
+        self.training, self.processes = training, processes
+        self.evaluation = Evaluation(cfg, processes, precision) if training.eval_freq else None
+        drawn = training.sample_every or (training.sample_every is None and self.evaluation is not None)
+        self.picture = ReconstructionPicture(cfg, precision) if drawn else None
+        self.shown = copy.deepcopy(network) if self.evaluation or self.picture else None
+
+    def evaluates(self, done: int, epoch_steps: int, ended: bool) -> bool:
+        """Whether there is an evaluation after `done` steps."""
+        if self.evaluation is None:
+            return False
+        epochs, rest = divmod(done, epoch_steps)
+        return ended or (rest == 0 and epochs % self.training.eval_freq == 0)
+
+    def due(self, done: int, evaluating: bool) -> bool:
+        """Whether there is anything to look at after `done` steps."""
+        return evaluating or self._draws(done, evaluating)
+
+    def take(
+        self, evaluating: bool, weights: Mapping[str, Tensor], state: TrainingState, progress: ProgressLog
+    ) -> list[str]:
+        """Look at what is due; ["best"] when these averaged `weights` are the best so far, else []."""
+        self.shown.load_state_dict(gathered(weights))
+        if self._draws(state.step, evaluating) and self.processes.is_main:
+            progress.picture(state.step, "reconstructions", self.picture.draw(self.shown))
+        return ["best"] if evaluating and self._is_best(state, progress) else []
+
+    def _draws(self, done: int, evaluating: bool) -> bool:
+        return self.picture is not None and picture_due(self.training.sample_every, done, evaluating)
+
+    def _is_best(self, state: TrainingState, progress: ProgressLog) -> bool:
+        row = Row("tokenizer", self.shown, self.shown.config["fm_sampler"]["steps"])
+        scores = self.evaluation.run([row])["rows"][0]
+        metric, value = self.evaluation.deciding(scores, self.training.save_on_best)
+        progress.metrics(state.step, {f"val/{name}": v for name, v in scores.items() if isinstance(v, float)})
+        best = state.best
+        better = best is None or best["metric"] != metric or value > best["value"]
+        better = self.processes.agree(lambda: better)  # one answer for all, to the last bit
+        if better:
+            state.best = {"metric": metric, "value": value, "step": state.step}
+        return better
 
 
 class ReconstructionPicture:

@@ -95,12 +95,6 @@ def test_without_fp16_the_scaler_passes_everything_through(name):
     assert weight.tolist() == [0.0, -1.0]
 
 
-def test_a_run_that_continues_in_another_precision_says_so_in_its_first_line():
-    chosen = Precision.resolve("no", CPU)
-    assert chosen.headline({"step": 0}) == chosen.headline({"step": 4, "precision": "no"}) == "precision no"
-    assert chosen.headline({"step": 4, "precision": "bf16"}) == "precision no; bf16 until step 4"
-
-
 def test_a_record_has_the_reason_and_the_cpu_that_bytes_depend_on(monkeypatch):
     expected = {"mixed_precision": "bf16", "why": "bf16", "cpu": cpu_capability()}
     assert Precision.resolve("bf16", CPU).record() == expected

@@ -11,7 +11,7 @@ import torch
 from ssdd.engine.devices import choose_kernels, peak_memory
 from ssdd.engine.errors import UserError
 from ssdd.engine.processes import Processes
-from ssdd.engine.training_checks import check_finite, check_identity, rows_a_process
+from ssdd.engine.training_checks import FirstBadStep, check_identity, rows_a_process
 
 LAST = Path("runs/jobs/a/checkpoints/last")
 
@@ -56,11 +56,23 @@ def test_a_changed_run_is_refused_with_every_change_the_folder_and_the_remedy():
 
 
 def test_finite_steps_pass_and_the_first_bad_step_of_any_process_stops_all():
-    check_finite(WithOthers(-1, -1), torch.tensor(-1), LAST)
+    fine = FirstBadStep(torch.device("cpu"))
+    for done in (1, 2):
+        fine.see(torch.tensor(2.0), None)
+        fine.end(done)
+    fine.check(WithOthers(-1, -1), LAST)
     with pytest.raises(UserError, match="not finite at step 3; training stopped before the first checkpoint"):
-        check_finite(WithOthers(-1, 3, 9), torch.tensor(-1), LAST)
-    with pytest.raises(UserError, match="not finite at step 0;"):
-        check_finite(WithOthers(-1), torch.tensor(0), LAST)
+        fine.check(WithOthers(-1, 3, 9), LAST)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_step_is_remembered_through_the_good_ones_after_it(value):
+    bad = FirstBadStep(torch.device("cpu"))
+    for done, values in enumerate(([1.0, 1.0], [1.0, value], [1.0, 1.0], [value, value]), 1):
+        bad.see(*map(torch.tensor, values))
+        bad.end(done)
+    with pytest.raises(UserError, match="not finite at step 2;"):
+        bad.check(WithOthers(-1, 4), LAST)
 
 
 def test_kernels_are_chosen_anew_by_every_task(monkeypatch):

@@ -1,0 +1,100 @@
+"""What a tokenizer's training step reads: images, the step's draws, and stored targets of a distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssdd.config import SSDDConfig
+from ssdd.engine.devices import to_device
+from ssdd.engine.errors import UserError
+from ssdd.engine.processes import Processes
+from ssdd.engine.training_checks import rows_a_process
+from ssdd.images.batches import steps_per_epoch, train_batches
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.sources import open_source
+from ssdd.losses.distillation import DistillationObjective
+from ssdd.losses.objective import Draws, step_draws
+from ssdd.losses.stored_targets import TargetStore
+from ssdd.model.tokenizer import SSDD
+
+
+@dataclass
+class TrainingBatch:
+    """One process's rows of a step, on its device."""
+
+    x: Tensor  # float32 [b, 3, H, W]
+    draws: Draws
+    targets: tuple[Tensor, ...]  # latents [b, c, h, w] and teacher images [b, 3, H, W], where they are stored
+
+    def rows(self, part: slice) -> tuple[Tensor, Draws, tuple[Tensor, ...]]:
+        """Arguments of the objective: images, draws, stored targets."""
+        return self.x[part], self.draws.rows(part), tuple(target[part] for target in self.targets)
+
+
+class TrainingImages:
+    """The training images of a config, and how many steps they make.
+
+    rows: of a step that this process gets. steps: of the whole run. UserError for a batch that cannot be divided.
+    """
+
+    def __init__(self, cfg: SSDDConfig, processes: Processes):
+        self.cfg, self.processes, self.batch_size = cfg, processes, cfg.dataset.batch_size
+        self.rows = rows_a_process("dataset.batch_size", self.batch_size, processes.world, cfg.training.grad_accumulate)
+        self.stored = cfg.distill_teacher and cfg.distill.targets == "cache"  # then every epoch sees the same crops
+        source = open_source(cfg.dataset, "train")
+        self.dataset = ImageDataset(source, cfg.dataset, train=not self.stored, seed=cfg.seed)
+        self.epoch_steps = steps_per_epoch(self.dataset, self.batch_size)
+        training = cfg.training
+        self.steps = training.epochs * self.epoch_steps if training.steps is None else training.steps
+        self.targets: TargetStore | None = None
+
+    @property
+    def parts(self) -> list[slice]:
+        """The rows of every part that a step's batch is split into, in order."""
+        size = self.rows // self.cfg.training.grad_accumulate
+        return [slice(first, first + size) for first in range(0, self.rows, size)]
+
+    def store_targets(self, objective: DistillationObjective, teacher: Any) -> None:
+        """Make the stored targets complete, if the config wants any. teacher: checksums of its weights.
+
+        UserError for latents other than the posterior's mean.
+        """
+        if not self.stored:
+            return
+        cfg, dataset = self.cfg, self.dataset
+        if cfg.distill.z != "mean":
+            raise UserError(f"distill.targets=cache stores the posterior's mean: not for distill.z={cfg.distill.z}")
+        steps, sampler = cfg.ssdd.fm_sampler.steps, vars(cfg.ssdd.fm_sampler)
+        identity = {"teacher": teacher, "sampler": sampler, "data": dataset.source.fingerprint()}
+        identity |= {"im_size": cfg.dataset.im_size, "crop": cfg.dataset.crop}
+        self.targets = TargetStore(Path(cfg.ckpt_dir) / "cache", identity, len(dataset), cfg.distill.noises, cfg.seed)
+        self.targets.build(dataset, objective.teacher, steps, self.processes.rank, self.processes.world)
+        self.processes.wait()
+
+    def read(self, start: int) -> Iterator[Any]:
+        """Endless batches of this process, decoded on the host, from step `start` on."""
+        rank, world, workers = self.processes.rank, self.processes.world, self.cfg.dataset.reading_processes
+        return train_batches(self.dataset, self.batch_size, self.cfg.seed, start, rank, world, workers)
+
+    def batch(self, read: Any, step: int, network: SSDD) -> TrainingBatch:
+        """What was `read` for a step of `network`, on the device, with the step's draws."""
+        (x, _, indices, epoch), device = read, self.processes.device
+        times = self.cfg.ssdd.fm_trainer.t_sampler_args
+        shapes = (
+            (self.batch_size, *x.shape[1:]),
+            (self.batch_size, network.z_dim, *(side // network.f for side in x.shape[2:])),
+        )
+        draws = step_draws(self.cfg.seed, step, *shapes, device, times.t_mean, times.t_std)
+        draws = draws.rows(slice(self.processes.rank * self.rows, (self.processes.rank + 1) * self.rows))
+        targets: tuple[Tensor, ...] = ()
+        if self.targets is not None:
+            draws.eps = self.targets.noise(indices, epoch, tuple(x.shape[1:])).to(device)
+            targets = tuple(to_device(target, device) for target in self.targets.gather(indices, epoch))
+        x = to_device(x, device).contiguous(memory_format=torch.channels_last)
+        return TrainingBatch(x, draws, targets)
