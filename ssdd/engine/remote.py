@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,5 +128,24 @@ class RemoteFolder:
 
 
 def cache_folder() -> Path:
-    """Where downloads for this project lie, by the XDG rules."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssdd"
+    """Where downloads and indices of this project lie: by the XDG rules, $XDG_CACHE_HOME/ssdd or ~/.cache/ssdd.
+
+    Without a home, or with one that is not there and can't be made, a folder of this user's below $TMPDIR.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssdd"
+    except RuntimeError:  # neither $HOME nor an entry of this user, as in containers with --user
+        return _temporary_cache()
+    if folder.is_dir():
+        return folder
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    return folder if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    """Refused where somebody else has made it: what lies there would be theirs."""
+    folder = Path(tempfile.gettempdir()) / f"ssdd-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} belongs to another user: set HOME or XDG_CACHE_HOME to a folder of your own")
+    return folder

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_json
 from ssdd.engine.random import batch_generator
 from ssdd.fidelity.features import FeatureNetwork, Outputs
@@ -42,7 +43,12 @@ def measure_once(images: ImageSet, network: FeatureNetwork, batch_size: int, cac
     if path.is_file():
         return load_statistics(path)[0]
     statistics = measure(images, network, batch_size)
-    save_statistics(path, statistics, provenance)
+    try:
+        save_statistics(path, statistics, provenance)
+    except OSError as problem:  # a home that can't be written to
+        raise UserError(
+            f"can't keep statistics in {cache}: {problem}; set cache=FOLDER, or cache= to keep none"
+        ) from None
     return statistics
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
+from ssdd.engine.remote import cache_folder
 from ssdd.fidelity.moments import Statistics
 
 FORMAT = "ssdd fidelity statistics 1"
@@ -19,7 +19,7 @@ FORMAT = "ssdd fidelity statistics 1"
 
 def default_cache() -> Path:
     """Where statistics of references are kept unless a caller says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssdd" / "fidelity"
+    return cache_folder() / "fidelity"
 
 
 def save_statistics(path: str | Path, statistics: Statistics, provenance: dict[str, Any]) -> None:

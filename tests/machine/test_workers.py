@@ -57,7 +57,9 @@ def read(images: Path, count: int, before: str = "", launcher: tuple[str, ...] =
 
 @pytest.fixture(scope="module")
 def total(images: Path) -> str:
-    return read(images, 0).stdout
+    """What READ prints where nothing is in its way."""
+    files = (images / "train/a").iterdir()
+    return f"total {sum(int(np.asarray(Image.open(file)).astype(np.int64).sum()) for file in files)}\n"
 
 
 def test_batches_go_through_pipes_where_shared_memory_is_small(images, monkeypatch, caplog):
