@@ -100,7 +100,7 @@ class TrainingConfig:
     beta2: float = 0.999
     """AdamW's second beta; the first is 0.9."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay of matrices and convolutions; biases, norms and embeddings have none."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     t_sampling: str = field(default="logit_normal", metadata={"choices": ("logit_normal", "uniform")})

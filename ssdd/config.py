@@ -198,7 +198,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Moment decays of the optimizer."""
     weight_decay: float = 1e-2
-    """Decoupled weight decay of matrices, convolutions and norm weights; biases and tables have none."""
+    """Decoupled weight decay of matrices and convolutions; biases, norms and tables have none."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly."""
     lr_schedule: str = field(default="constant", metadata={"choices": ("constant", "cosine")})

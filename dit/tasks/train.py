@@ -31,7 +31,7 @@ from ssdd.engine.devices import choose_kernels, peak_memory
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
 from ssdd.engine.interrupt import StopRequest
-from ssdd.engine.optim import GradientStep, build_optimizer, learning_rate
+from ssdd.engine.optim import GradientStep, build_optimizer, learning_rate, parameter_groups
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes, gradients_kept
 from ssdd.engine.random import seed_of
@@ -74,11 +74,11 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     parameters = dict(network.named_parameters())
     heads = {} if objective.repa is None else dict(objective.repa.named_parameters(prefix="repa_loss"))
     heads = {name: p for name, p in heads.items() if p.requires_grad}
-    trained = [p for p in (*parameters.values(), *heads.values()) if p.requires_grad]
-    groups = [{"params": trained, "weight_decay": training.weight_decay}]
+    trained = {name: p for name, p in (parameters | heads).items() if p.requires_grad}
+    groups = parameter_groups(trained, objective, training.weight_decay)
     optimizer = build_optimizer("adamw", groups, training.lr, (0.9, training.beta2))
     scaler = precision.loss_scaler()
-    update = GradientStep(optimizer, trained, training.grad_clip, scaler)
+    update = GradientStep(optimizer, trained.values(), training.grad_clip, scaler)
     averages = build_averages(cfg, parameters)
     means = RunningMeans(["loss", *objective.terms, "grad_norm"], device)
     bad = FirstBadStep(device)
@@ -163,7 +163,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 progress.message(f"stopped by a signal after step {done}; the same command continues")
                 raise SystemExit(0)
 
-    result = {"task": "train", **state.result(steps, latents.batch_size, trained), "model": network.config}
+    result = {"task": "train", **state.result(steps, latents.batch_size, trained.values()), "model": network.config}
     result |= {"cache": cache.manifest["sha256"], "precision": precision.record()}
     result |= {"peak_memory_bytes": peak_memory(device)}
     if processes.is_main:

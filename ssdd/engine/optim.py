@@ -14,9 +14,8 @@ from ssdd.engine.sharding import local, whole
 
 
 def parameter_groups(named_parameters: Mapping[str, Tensor], modules: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: decayed are the weights of linear, convolution and norm layers, all else is not (facts f)."""
-    decayed_types = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
-    layers = [module for module in modules.modules() if isinstance(module, decayed_types)]
+    """Two groups: weights of linear and convolution layers are decayed; biases, norms, embeddings, tables are not."""
+    layers = [module for module in modules.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     weights = {id(_weight(layer)) for layer in layers}
     decayed = [p for p in named_parameters.values() if id(p) in weights]
     rest = [p for p in named_parameters.values() if id(p) not in weights]

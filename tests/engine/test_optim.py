@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dit.model import DiT
 from ssdd.engine.optim import averaged_weights, build_optimizer, learning_rate, parameter_groups
 from ssdd.model.attention import RelativePositionBias
 from ssdd.model.decoder import UViTDecoder
@@ -27,7 +28,7 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def test_weights_of_layers_are_decayed_and_biases_and_relative_tables_are_not():
+def test_matrices_and_convolutions_are_decayed_and_biases_norms_and_relative_tables_are_not():
     decoder = UViTDecoder("XXS", z_dim=2)
     named = dict(decoder.named_parameters())
     names = {id(p): name for name, p in named.items()}
@@ -35,10 +36,21 @@ def test_weights_of_layers_are_decayed_and_biases_and_relative_tables_are_not():
     assert decayed["weight_decay"] == 0.05 and rest["weight_decay"] == 0
     decayed, rest = ([names[id(p)] for p in group["params"]] for group in (decayed, rest))
     assert sorted(decayed + rest) == sorted(named)
-    assert all(name.endswith(".weight") for name in decayed)
-    assert all(name.endswith((".bias", ".relative_bias_table")) for name in rest)
+    assert all(name.endswith(".weight") and named[name].ndim in (2, 4) for name in decayed)
+    assert all(name.endswith((".bias", ".relative_bias_table")) or named[name].ndim == 1 for name in rest)
     tables = sum(isinstance(module, RelativePositionBias) for module in decoder.modules())
     assert tables == 2 and sum(name.endswith("table") for name in rest) == tables
+
+
+def test_of_a_generator_neither_label_table_nor_position_table_nor_norms_are_decayed():
+    model = DiT.from_name("DiT-XXS/1", input_size=4, in_channels=2, num_classes=3, qk_norm=True, rms_norm=True)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = {id(p): name for name, p in named.items()}
+    decayed, rest = ({names[id(p)] for p in group["params"]} for group in parameter_groups(named, model, 0.1))
+    assert decayed | rest == set(named) and "y_embedder.embedding_table.weight" in rest
+    assert {"x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "t_embedder.mlp.0.weight"} <= decayed
+    assert all(named[name].ndim > 1 for name in decayed)
+    assert all(named[name].ndim == 1 or name.startswith("y_embedder") for name in rest)
 
 
 def test_only_named_parameters_are_grouped_and_empty_groups_are_left_out():

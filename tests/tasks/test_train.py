@@ -71,6 +71,24 @@ def test_the_loss_falls_and_the_run_directory_is_complete(config):
     assert result["steps"] == 12 and (directory.path / "config.yaml").is_file() and directory.result.is_file()
 
 
+def test_a_finished_run_returns_before_anything_is_built_and_can_be_prolonged(config, tmp_path, monkeypatch):
+    options = ["training.optimizer=adamw", "ssdd.encoder_train=true"]
+    short, long = (config(*options, f"training.steps={steps}") for steps in (3, 5))
+    result, before = run(short), checkpoint_bytes(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("ssdd.tasks.train.build_tokenizer", lambda cfg: pytest.fail("it was built"))
+        assert run(short) == result and checkpoint_bytes(tmp_path) == before
+    assert run(long)["steps"] == 5
+    straight = tmp_path / "straight"
+    run(config(*options, "training.steps=5", f"ckpt_dir={straight}"))
+    assert checkpoint_bytes(tmp_path) == checkpoint_bytes(straight)
+    with pytest.raises(UserError, match="is at step 5, beyond training.steps=3"):
+        run(short)
+    other = config(*options, "training.steps=5", "ssdd.encoder_width=16")
+    with pytest.raises(UserError, match="encoder was"):
+        run(other)
+
+
 @pytest.mark.parametrize("optimizer", ["schedulefree", "adamw"])
 def test_bytes_do_not_depend_on_logs_checkpoints_evaluations_pictures_or_recomputation(config, tmp_path, optimizer):
     shared = ["training.steps=10", f"training.optimizer={optimizer}", "ssdd.encoder_train=true"]
