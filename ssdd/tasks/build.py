@@ -46,9 +46,10 @@ def foreign_encoder(option: str | dict[str, Any]) -> bool:
 def build_tokenizer(cfg: SSDDConfig) -> SSDD:
     """The network that is trained: from `ssdd.checkpoint` where given, with its encoder frozen or not.
 
-    UserError if images of `dataset.im_size` do not fit it.
+    Its file says for how many steps the decoder is trained: one in distillation and objective=direct. UserError if
+    images of `dataset.im_size` do not fit it.
     """
-    decoder = cfg.ssdd.decoder
+    decoder, one_step = cfg.ssdd.decoder, cfg.distill_teacher or cfg.objective == "direct"
     network = SSDD(
         encoder=encoder_option(cfg),
         decoder={"size": KL, "width": cfg.ssdd.encoder_width} if decoder == KL else decoder,
@@ -56,7 +57,7 @@ def build_tokenizer(cfg: SSDDConfig) -> SSDD:
         encoder_checkpoint=cfg.ssdd.encoder_checkpoint,
         encoder_train=cfg.ssdd.encoder_train and not cfg.distill_teacher,
         posterior_std=cfg.ssdd.posterior_std,
-        fm_sampler=vars(cfg.ssdd.fm_sampler),
+        fm_sampler=vars(cfg.ssdd.fm_sampler) | ({"steps": 1} if one_step else {}),
         ckpt_dir=cfg.ckpt_dir,
     )
     network.check_image_size(cfg.dataset.im_size, cfg.dataset.im_size)

@@ -115,10 +115,10 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             # Accumulate gradients; processes exchange them in the last part only, sharded ones in each.
             for part in images.parts:
                 more = part.stop < images.rows
-                x, draws, targets = batch.rows(part)
+                x, draws, stored = batch.rows(part)
                 with gradients_kept(model, more):
                     with precision.autocast():
-                        terms = model(x, draws, active, *targets)
+                        terms = model(x, draws, active, *stored)
                     loss = weighted_sum(terms, vars(cfg.losses)) / training.grad_accumulate
                     update.backward(loss)
                 terms |= adversary.backward(x, more)

@@ -30,11 +30,12 @@ class TrainingBatch:
 
     x: Tensor  # float32 [b, 3, H, W]
     draws: Draws
-    targets: tuple[Tensor, ...]  # latents [b, c, h, w] and teacher images [b, 3, H, W], where they are stored
+    targets: tuple[Tensor, Tensor] | None  # latents [b, c, h, w] and teacher images [b, 3, H, W], where they are stored
 
-    def rows(self, part: slice) -> tuple[Tensor, Draws, tuple[Tensor, ...]]:
-        """Arguments of the objective: images, draws, stored targets."""
-        return self.x[part], self.draws.rows(part), tuple(target[part] for target in self.targets)
+    def rows(self, part: slice) -> tuple[Tensor, Draws, list[tuple[Tensor, Tensor]]]:
+        """Images and draws of a part, and its stored targets, one pair or none: what the objective takes."""
+        stored = [] if self.targets is None else [(self.targets[0][part], self.targets[1][part])]
+        return self.x[part], self.draws.rows(part), stored
 
 
 class TrainingImages:
@@ -92,9 +93,10 @@ class TrainingImages:
         )
         draws = step_draws(self.cfg.seed, step, *shapes, device, times.t_mean, times.t_std)
         draws = draws.rows(slice(self.processes.rank * self.rows, (self.processes.rank + 1) * self.rows))
-        targets: tuple[Tensor, ...] = ()
+        targets = None
         if self.targets is not None:
             draws.eps = self.targets.noise(indices, epoch, tuple(x.shape[1:])).to(device)
-            targets = tuple(to_device(target, device) for target in self.targets.gather(indices, epoch))
+            z, images = self.targets.gather(indices, epoch)
+            targets = to_device(z, device), to_device(images, device)
         x = to_device(x, device).contiguous(memory_format=torch.channels_last)
         return TrainingBatch(x, draws, targets)

@@ -21,7 +21,7 @@ from ssdd.engine.png import save_png
 from ssdd.images.sources import DatasetConfig, open_source
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("ssdd", "dit", "latent_cache", "scripts", "configs")
+PACKAGES = ("ssdd", "dit", "latent_cache", "ssdd_pipeline", "scripts", "configs")
 TEXT_METHODS = ("read_text", "write_text")
 TINY = [
     "dataset.source=imagefolder",
