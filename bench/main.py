@@ -28,17 +28,9 @@ REPEATS = 3
 
 def main(argv: list[str] | None = None) -> int:
     """Run the measurement that is asked for."""
-    from ssdd.engine.errors import UserError
-    from ssdd.engine.locale_independence import use_utf8
+    from ssdd.engine.program import run_program
 
-    if argv is None:
-        use_utf8()
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        return run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_program(run, argv)
 
 
 def run(argv: list[str]) -> int:

@@ -12,36 +12,24 @@ if __name__ == "__main__":  # run as a path, Python puts dit/ first on sys.path,
 
 def main(argv: list[str] | None = None) -> int:
     """Run the task that the arguments ask for; returns the exit status, 2 for errors that the user can mend."""
+    from ssdd.engine.program import run_program
+
+    return run_program(_run, argv)
+
+
+def _run(argv: list[str]) -> None:
     from dit.config import DiTConfig
     from ssdd.engine.cli import parse
-    from ssdd.engine.errors import UserError, full_disk
-    from ssdd.engine.locale_independence import use_utf8
 
-    if argv is None:
-        use_utf8()
-    try:
-        cfg = parse(
-            DiTConfig,
-            sys.argv[1:] if argv is None else argv,
-            program="dit",
-            description="Train, sample and evaluate class-conditional generators on a latent cache.",
-        )
-        if cfg.task == "train":
-            from dit.tasks.train import run
-        elif cfg.task == "sample":
-            from dit.tasks.sample import run
-        else:
-            from dit.evaluation.evaluate import run
-        run(cfg)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if (told := full_disk(error)) is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
-        return 2
-    return 0
+    description = "Train, sample and evaluate class-conditional generators on a latent cache."
+    cfg = parse(DiTConfig, argv, program="dit", description=description)
+    if cfg.task == "train":
+        from dit.tasks.train import run
+    elif cfg.task == "sample":
+        from dit.tasks.sample import run
+    else:
+        from dit.evaluation.evaluate import run
+    run(cfg)
 
 
 if __name__ == "__main__":

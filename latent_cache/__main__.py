@@ -11,7 +11,7 @@ from latent_cache.config import BuildConfig, ExportConfig, ImportConfig, InfoCon
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
-from ssdd.engine.locale_independence import use_utf8
+from ssdd.engine.program import run_program
 from ssdd.engine.schema_help import help_text
 
 COMMANDS = {
@@ -30,15 +30,8 @@ PROGRAM = "python -m latent_cache"
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a damaged cache, 2 for a UserError."""
-    if argv is None:
-        use_utf8()
-    argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        return _run(argv)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    return run_program(_run, argv)
 
 
 def _run(argv: list[str]) -> int:

@@ -21,7 +21,7 @@ from ssdd.config import SSDDConfig
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_atomic, write_json
-from ssdd.engine.locale_independence import use_utf8
+from ssdd.engine.program import run_program
 from ssdd.images.sources import DatasetConfig
 
 ENCODER, CLASSIFIER = "encoder", "classifier"
@@ -75,17 +75,9 @@ class EvidenceConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Train and evaluate what is missing, then print the table; 2 after an error that the user can mend."""
-    if argv is None:
-        use_utf8()
-    try:
-        cfg = parse(
-            EvidenceConfig, sys.argv[1:] if argv is None else argv, program="evidence", description=__doc__ or ""
-        )
-        run(cfg)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(
+        lambda words: run(parse(EvidenceConfig, words, program="evidence", description=__doc__ or "")), argv
+    )
 
 
 def run(cfg: EvidenceConfig) -> None:

@@ -24,42 +24,37 @@ POLL_S = 0.1  # between looks at the memory of a stage
 
 def main(argv: list[str] | None = None) -> int:
     """Run or continue the pipeline: 2 after an error that the user can mend, 3 when stopped, or a failed stage's."""
+    from ssdd.engine.program import run_program
+
+    return run_program(_run, argv)
+
+
+def _run(argv: list[str]) -> int:
     from ssdd.engine.cli import parse
-    from ssdd.engine.errors import UserError
-    from ssdd.engine.locale_independence import use_utf8
     from ssdd.engine.presets import configs_dir
     from ssdd.images.sources import open_source
     from ssdd_pipeline.report.page import write_report
     from ssdd_pipeline.stages import PipelineConfig, build_stages
 
-    if argv is None:
-        use_utf8()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(argv)
     if argv and "=" not in argv[0] and not argv[0].startswith("-"):
         path = Path(argv[0])
         path = path if path.is_file() else configs_dir() / "pipelines" / f"{path.stem}.yaml"
         argv[0] = f"preset={path}"
-    try:
-        cfg = parse(
-            PipelineConfig, argv, program="pipeline",
-            description="Images in, gFID with the several-step and the one-step decoder out. First argument: a "
-            "pipeline's YAML file, such as configs/pipelines/digits.yaml.",
-        )  # fmt: skip
-        stages = build_stages(cfg)
-        check_arguments(stages)
-        with hold_lock(Path(cfg.ckpt_dir) / cfg.name) as lock, StopSignals() as stop:
-            images = {split: open_source(cfg.dataset, split).fingerprint() for split in ("train", "val")}
-            for number, stage in enumerate(stages, 1):
-                status = run_stage(cfg, stage, images, stop, lock.fileno(), f"[{number}/{len(stages)}] {stage.name}")
-                if status != 0:
-                    return status
-            print(write_report(cfg, stages))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    cfg = parse(
+        PipelineConfig, argv, program="pipeline",
+        description="Images in, gFID with the several-step and the one-step decoder out. First argument: a "
+        "pipeline's YAML file, such as configs/pipelines/digits.yaml.",
+    )  # fmt: skip
+    stages = build_stages(cfg)
+    check_arguments(stages)
+    with hold_lock(Path(cfg.ckpt_dir) / cfg.name) as lock, StopSignals() as stop:
+        images = {split: open_source(cfg.dataset, split).fingerprint() for split in ("train", "val")}
+        for number, stage in enumerate(stages, 1):
+            status = run_stage(cfg, stage, images, stop, lock.fileno(), f"[{number}/{len(stages)}] {stage.name}")
+            if status != 0:
+                return status
+        print(write_report(cfg, stages))
     return 0
 
 

@@ -21,7 +21,6 @@ from urllib.request import Request, urlopen
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file, sync_folder
-from ssdd.engine.locale_independence import use_utf8
 from ssdd.engine.pretrained import (
     PRETRAINED,
     SEARCH_VARIABLE,
@@ -31,6 +30,7 @@ from ssdd.engine.pretrained import (
     search_path,
     verify,
 )
+from ssdd.engine.program import run_program
 
 ATTEMPTS = 4
 PAUSE = 1.0  # seconds before the second attempt; doubles each time
@@ -52,20 +52,9 @@ class PrefetchConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Download or list. 2 for an error that the user can mend, 130 after an interruption."""
-    if argv is None:
-        use_utf8()
-    try:
-        cfg = parse(
-            PrefetchConfig, sys.argv[1:] if argv is None else argv, program="prefetch_weights", description=__doc__
-        )
-        run(cfg)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(
+        lambda words: run(parse(PrefetchConfig, words, program="prefetch_weights", description=__doc__ or "")), argv
+    )
 
 
 def run(cfg: PrefetchConfig) -> None:

@@ -17,7 +17,7 @@ import torch
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
-from ssdd.engine.locale_independence import use_utf8
+from ssdd.engine.program import named_paths, run_program
 from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, frechet_floor, paired_differences
 from ssdd.fidelity.features import FeatureNetwork, load_networks
 from ssdd.fidelity.kid import KernelEstimate, kernel_distance_of_subsets
@@ -64,23 +64,17 @@ class FidelityConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare, print a table, write the result. 2 for an error that the user can mend."""
-    if argv is None:
-        use_utf8()
-    argv = sys.argv[1:] if argv is None else argv
-    paths = [word for word in argv if not word.startswith("-") and ("=" not in word or Path(word).exists())]
-    try:
-        cfg = parse(
-            FidelityConfig, [word for word in argv if word not in paths], program="fidelity", description=__doc__
-        )
-        cfg.sets = cfg.sets + paths
-        result = run(cfg)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    return run_program(_run, argv)
+
+
+def _run(argv: list[str]) -> None:
+    paths, keys = named_paths(argv)
+    cfg = parse(FidelityConfig, keys, program="fidelity", description=__doc__ or "")
+    cfg.sets = cfg.sets + paths
+    result = run(cfg)
     print(table(result))
     write_json(cfg.out, result)
     print(f"written to {cfg.out}")
-    return 0
 
 
 def run(cfg: FidelityConfig) -> dict[str, Any]:

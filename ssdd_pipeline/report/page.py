@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_atomic
-from ssdd.engine.locale_independence import use_utf8
+from ssdd.engine.program import named_paths, run_program
 from ssdd.engine.run import RunDirectory
 from ssdd_pipeline.report import plots
 from ssdd_pipeline.report.pictures import Gallery, generation_gallery, reconstruction_gallery
@@ -74,23 +74,19 @@ class StageRow:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the page; 2 for an error that the user can mend."""
-    if argv is None:
-        use_utf8()
-    argv = sys.argv[1:] if argv is None else argv
-    paths = [word for word in argv if not word.startswith("-") and ("=" not in word or Path(word).exists())]
-    try:
-        cfg = parse(ReportConfig, [w for w in argv if w not in paths], program="report", description=__doc__ or "")
-        folders = [Path(path) for path in cfg.results + paths]
-        if not folders:
-            raise UserError("give folders of finished evaluations: python scripts/report.py runs/jobs/NAME out=FILE")
-        evaluations = [open_evaluation(folder) for folder in folders]
-        title = cfg.title or ", ".join(folder.resolve().name for folder in folders)
-        write_atomic(cfg.out, render(title, [section(evaluation, i) for i, evaluation in enumerate(evaluations)]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_program(_run, argv)
+
+
+def _run(argv: list[str]) -> None:
+    paths, keys = named_paths(argv)
+    cfg = parse(ReportConfig, keys, program="report", description=__doc__ or "")
+    folders = [Path(path) for path in cfg.results + paths]
+    if not folders:
+        raise UserError("give folders of finished evaluations: python scripts/report.py runs/jobs/NAME out=FILE")
+    evaluations = [open_evaluation(folder) for folder in folders]
+    title = cfg.title or ", ".join(folder.resolve().name for folder in folders)
+    write_atomic(cfg.out, render(title, [section(evaluation, i) for i, evaluation in enumerate(evaluations)]))
     print(f"report: {cfg.out}")
-    return 0
 
 
 def write_report(cfg: PipelineConfig, stages: Sequence[Stage]) -> str:
