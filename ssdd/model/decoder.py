@@ -222,7 +222,7 @@ class UViTDecoder(nn.Module):
         self.initialise(size.init_std)
 
     def initialise(self, std: float | None) -> None:
-        """Output layers of all residual branches zero, other convolutions N(0, std^2), linears Xavier (facts a.6)."""
+        """As SSDD's code: output layers of residual branches zero, other convolutions N(0, std^2), linears Xavier."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5 if std is None else std)

@@ -53,7 +53,7 @@ def predict_noise(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
 
 
 def logit_normal_t(n: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """n training times sigmoid(N(mean, std^2)), float32 [n] on the generator's device (SSDD facts c; SD3, eq. 19)."""
+    """n training times sigmoid(N(mean, std^2)), float32 [n] on the generator's device (SD3, eq. 19)."""
     return torch.sigmoid(torch.randn(n, generator=generator, device=generator.device) * std + mean)
 
 
