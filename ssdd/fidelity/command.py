@@ -35,31 +35,33 @@ class FidelityConfig:
     """Sets of images against a reference set."""
 
     sets: list[str] = field(default_factory=list)
-    """The sets, the reference last; the same as naming them without a key."""
+    """The sets, the reference last; the same as giving them without a key."""
     features: str = "auto"
-    """Networks, separated by commas: inception, efficientnet_lite0, dinov2, clip, timm/MODEL; auto: what is here."""
+    """Networks, separated by commas: inception, efficientnet_lite0, dinov2, clip, timm/MODEL; auto: those whose weights
+    are found."""
     out: str = "metrics.json"
     """File of the result."""
     im_size: int | None = None
-    """Cut all images to squares of this side with `crop`; null takes them as they are."""
+    """Cut all images to squares of this side with `crop`; null leaves them as they are."""
     crop: str = field(default="adm", metadata={"choices": ("adm", "resize")})
     """adm (box halving, bicubic; every gFID reference's) or resize (bilinear short side, centre crop)."""
     allow_mismatch: bool = False
-    """Compare sets of different sizes or crops all the same, and say so in the result."""
+    """Compare sets even if their sizes or crops differ, and record it in the result."""
     decide: str = field(default="none", metadata={"choices": ("none", "kid", "frechet")})
-    """Say which of several sets is closer to the reference. By frechet only with enough images for its bias."""
+    """Decide which of several sets is closer to the reference; frechet is accepted only with enough images to make its
+    bias small."""
     batch_size: int = 64
-    """Images a forward pass."""
+    """Images per forward pass."""
     resamples: int = 200
     """Bootstrap resamples of images for KID's interval."""
     kid_subsets: int = 100
-    """Random subsets of KID as torch-fidelity has it."""
+    """Random subsets of torch-fidelity's KID estimate."""
     kid_subset_size: int = 1000
-    """Images of such a subset; sets that have fewer go without this estimate."""
+    """Images per subset; the estimate is omitted for smaller sets."""
     seed: int = 2020
-    """Of the subsets and the bootstrap; 2020 is torch-fidelity's."""
+    """Seed of the subsets and the bootstrap; torch-fidelity uses 2020."""
     cache: str = field(default_factory=lambda: str(default_cache()))
-    """Folder of the reference's statistics; empty keeps none."""
+    """Folder for the reference's statistics; empty disables storing them."""
 
 
 def main(argv: list[str] | None = None) -> int:
