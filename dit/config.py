@@ -21,9 +21,10 @@ class ModelConfig:
     name: str = field(default="DiT-S/2", metadata={"choices": NAMES})
     """Size and patch, such as DiT-XL/2."""
     learn_sigma: bool = False
-    """Predict 2 C channels as the published DiT files do; the flow loss uses the first C."""
+    """Predict 2 C channels, as the published DiT files do; the flow loss uses the first C."""
     class_dropout: float = 0.1
-    """Share of training labels replaced by the null class; 0 builds a model without one, and without guidance."""
+    """Share of training labels replaced by the null class; 0 builds a model without a null class, which cannot be
+    guided."""
     time_scale: float = 1000.0
     """What t in [0, 1] is multiplied by before the network sees it; only with 1 can SiT's code run it (export_dit)."""
     qk_norm: bool = False
@@ -37,17 +38,17 @@ class ModelConfig:
     wo_shift: bool = False
     """adaLN without shifts (LightningDiT)."""
     checkpoint: str | None = None
-    """train: weights to start from, of ours or of SiT, REPA or LightningDiT: run, folder or file. The other keys of
-    `model` must be those of that network."""
+    """train: weights to start from, ours or those of SiT, REPA or LightningDiT: run, folder or file. The other keys
+    of `model` must describe that network."""
     family: str | None = field(default=None, metadata={"choices": tuple(FAMILIES)})
-    """Whose code trained that file, where it doesn't tell."""
+    """Whose code trained that file, if the file does not record it."""
     reset_labels: bool = False
-    """Start with a new label table, for a cache of other classes than the checkpoint's."""
+    """Start with a new label table, for a cache whose classes differ from the checkpoint's."""
 
 
 @dataclass
 class LossesConfig:
-    """Weights of loss terms beside the velocity's, which is 1; a weight of 0 builds nothing."""
+    """Weights of the loss terms besides the velocity loss, whose weight is 1; 0 disables a term."""
 
     direction: float = 0.0
     """1 - cosine between predicted and true velocity, over the channels of each position (LightningDiT: 1)."""
@@ -75,8 +76,9 @@ class EmaConfig:
     """Exponential moving average of the weights, which sampling uses."""
 
     decays: list[float] = field(default_factory=lambda: [0.9999])
-    """Decays a step, each ramping up as (1 + k) / (10 + k) over the first updates. The first average is model_ema,
-    which a reference means; another is model_ema_0.999, by its decay, and drawn from with sampling.ema=0.999."""
+    """Decays per step, each ramping up as (1 + k) / (10 + k) over the first updates. The first average is model_ema,
+    which checkpoint references select; a further one is named by its decay, as model_ema_0.999, and selected with
+    sampling.ema=0.999."""
     start_iter: int = 0
     """Step at which averaging starts, at most a tenth of the planned steps; before it the average is a copy."""
 
@@ -88,7 +90,7 @@ class TrainingConfig:
     steps: int = 400_000
     """Optimiser steps."""
     batch_size: int = 256
-    """Latents a step, over all processes and accumulated parts."""
+    """Latents per step, over all processes and accumulated parts."""
     accumulate: int = 1
     """Parts that a step's batch is split into, to save memory."""
     lr: float = 1e-4
@@ -100,9 +102,9 @@ class TrainingConfig:
     beta2: float = 0.999
     """AdamW's second beta; the first is 0.9."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay of matrices and convolutions; biases, norms and embeddings have none."""
+    """AdamW's decoupled weight decay of matrices and convolutions; biases, norms and embeddings are not decayed."""
     grad_clip: float = 1.0
-    """Largest gradient norm; 0 switches clipping off."""
+    """Largest gradient norm; 0 disables clipping."""
     t_sampling: str = field(default="logit_normal", metadata={"choices": ("logit_normal", "uniform")})
     """Distribution of training times."""
     t_shift: float = 1.0
@@ -117,26 +119,27 @@ class TrainingConfig:
     save_every: int = 5_000
     """Steps between checkpoints; `last` is also written at the end."""
     tokenizer: str | None = None
-    """Checkpoint reference of the tokenizer that decodes pictures of samples, drawn as `sampling` says (without its
-    guide); null: none."""
+    """Checkpoint reference of the tokenizer that decodes pictures of samples, drawn as `sampling` describes
+    (without its guide); null disables them."""
     sample_every: int | None = None
-    """Steps between those pictures; null: with every checkpoint; 0: never."""
+    """Steps between those pictures; null: with every checkpoint; 0 disables them."""
     fidelity_every: int = 0
-    """Steps between distances of samples to the images of the cache, described by `dataset`; 0: never. Drawn as
-    `sampling` says and decoded with training.tokenizer; on Inception features, or EfficientNet-Lite0's without them."""
+    """Steps between distances of samples to the images of the cache, described by `dataset`; 0 disables them.
+    Samples are drawn as `sampling` describes and decoded with training.tokenizer; features are Inception's, or
+    EfficientNet-Lite0's if those weights are missing."""
     fidelity_samples: int = 1_000
-    """Samples of such a distance; too few for a gFID, enough to compare checkpoints by."""
+    """Samples per distance; too few for a gFID, enough to compare checkpoints."""
     keep: int = 0
-    """Newest of the checkpoints of every save_every steps to keep as run@step-000123, beside `last`."""
+    """How many of the newest checkpoints of every save_every steps to keep as run@step-000123, besides `last`."""
     wandb: str | None = None
-    """Weights & Biases project that metrics and pictures also go to (pip install wandb); null: none."""
+    """Weights & Biases project that metrics and pictures are also sent to (pip install wandb); null disables it."""
     log_freq: int = 100
-    """Steps between lines of metrics.jsonl, and between the only waits for the device."""
+    """Steps between lines of metrics.jsonl; training waits for the device only at these steps."""
     grad_checkpoint: bool = False
-    """Compute activations of the blocks again in the backward pass: less memory, about a third more work."""
+    """Recompute the activations of the blocks in the backward pass: less memory, about a third more work."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
-    """Autocast; auto is what SSDD_PRECISION says, else bf16 where the device computes in it natively, else no. Weights
-    stay float32."""
+    """Autocast; auto takes the value of SSDD_PRECISION, else bf16 where the device supports it natively, else no.
+    Weights stay float32."""
     compile: bool = False
     """torch.compile the network."""
     fsdp: bool = False
@@ -152,13 +155,13 @@ class SamplingConfig:
     """Checkpoint reference: run, run@last, run@best, folder or weights file (default: run_name). EMA weights. Files of
     DiT, SiT, REPA and LightningDiT (.pt, .safetensors) are read too."""
     family: str | None = field(default=None, metadata={"choices": tuple(FAMILIES)})
-    """Whose code trained such a file, where it doesn't tell."""
+    """Whose code trained such a file, if the file does not record it."""
     ema: float | None = None
-    """Which of several averages of a run, by its decay in training.ema.decays; null: the first."""
+    """Which of several averages of a run to use, by its decay in training.ema.decays; null: the first."""
     n: int = 50_000
     """Number of samples."""
     seed: int = 0
-    """Sample i depends on the seed and i alone."""
+    """Sample i depends on the seed and i only."""
     balanced: bool = True
     """Sample i is of class i modulo the number of classes; false draws classes at random."""
     sampler: str = field(default="euler", metadata={"choices": SAMPLERS})
@@ -168,17 +171,17 @@ class SamplingConfig:
     shift: float = 1.0
     """Time shift s of the grid, t -> s t / (1 + (s - 1) t); above 1 is finer near the noise. Not for adaptive."""
     rtol: float = 1e-3
-    """adaptive: error of a step allowed relative to the state, for each sample by itself."""
+    """adaptive: error allowed per step relative to the state, for each sample by itself."""
     atol: float = 1e-5
-    """adaptive: absolute error of a step allowed."""
+    """adaptive: absolute error allowed per step."""
     sde_diffusion: str = field(default="sigma", metadata={"choices": tuple(DIFFUSIONS)})
     """sde: diffusion coefficient w(t); sigma is 2 t (the form of SiT's default), sine is 2 sin^2(pi t)."""
     sde_scale: float = 1.0
-    """sde: factor of w(t); 0 leaves the ODE."""
+    """sde: factor of w(t); 0 gives the ODE."""
     sde_last_step: float = 0.04
     """sde: time at which the last step begins, which is deterministic and leads to t = 0."""
     cfg_scale: float = 1.5
-    """Scale of classifier-free guidance; 1 is none. Each evaluation then has two rows a sample."""
+    """Scale of classifier-free guidance; 1 disables it. With guidance each evaluation has two rows per sample."""
     cfg_channels: int | None = None
     """Classifier-free guidance of the first channels only (3 reproduces DiT's and SiT's tables); null guides all."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
@@ -186,58 +189,61 @@ class SamplingConfig:
     guide: str | None = None
     """Checkpoint reference of a weaker model of the same latents, for autoguidance (smaller, or trained for less)."""
     guide_scale: float = 1.0
-    """Scale of autoguidance. Its correction and that of classifier-free guidance add; for it alone set cfg_scale=1."""
+    """Scale of autoguidance. Its correction is added to that of classifier-free guidance; set cfg_scale=1 to use it
+    alone."""
     batch_size: int = 256
-    """Samples drawn together and kept as one chunk, which is what an interrupted run does not repeat."""
+    """Samples drawn together and stored as one chunk; an interrupted run repeats only the unfinished chunk."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
-    """Autocast of the network; auto is no unless SSDD_PRECISION says otherwise. The solver's state stays float32."""
+    """Autocast of the network; auto is no unless SSDD_PRECISION is set. The solver's state stays float32."""
     compile: bool = False
-    """torch.compile the network for its fixed shapes: one with guidance and one without."""
+    """torch.compile the network for its two fixed shapes, with and without guidance."""
 
 
 @dataclass
 class EvaluationConfig:
-    """gFID and its kin: every decoder decodes the same latents."""
+    """gFID and related distances; every decoder decodes the same latents."""
 
     decoders: list[str] = field(default_factory=list)
     """Rows of the table, each `name:checkpoint reference:steps`, or `name:diffusers:PATH` for a KL-VAE."""
     features: list[str] = field(default_factory=lambda: ["auto"])
     """Networks of the distances: inception, efficientnet_lite0, dinov2, clip, timm/MODEL, classifier:FILE; auto takes
-    the first two where their weights are."""
+    those of the first two whose weights are found."""
     reference: str | None = None
     """What samples are compared with, in place of the training images: an image folder, an npz (ADM's reference files
     among them), or a statistics file of scripts/fidelity.py or torch-fidelity."""
     held_out: bool = True
     """Measure the val split as well: floors of all distances, copy rates, and the reconstructions of the gap."""
     kept_features: int = 10_000
-    """Real images whose features are kept for KID, precision, recall and copy rate (ADM: 10000); moments have all."""
+    """Real images whose features are kept for KID, precision, recall and copy rate (ADM: 10000); moments use all
+    images."""
     gap: bool = True
     """Also decode the latents of held-out images with every decoder: gFID minus rFID."""
     latent_noise: list[float] = field(default_factory=list)
-    """Deviations of noise on those latents, in units of the latents' own, as [0,0.1,0.2,0.3,0.4,0.5]: which decoder
-    forgives a generator's errors."""
+    """Standard deviations of noise added to those latents, in units of the latents' own, such as
+    [0,0.1,0.2,0.3,0.4,0.5]: measures how robust each decoder is to a generator's errors."""
     sweep_cfg: list[float] = field(default_factory=list)
     """Draw, decode and compare a small set for each of these values of sampling.cfg_scale ..."""
     sweep_steps: list[int] = field(default_factory=list)
     """... and each of these of sampling.steps."""
     sweep_n: int = 5000
-    """Samples of such a set."""
+    """Samples per set."""
     npz: bool = False
     """Write the images of every decoder as out/export/NAME.npz, in the form of ADM's evaluator."""
     png: bool = False
     """Write them as out/export/NAME/000000.png and so on."""
     allow_mismatch: bool = False
-    """Compare with a reference of another crop all the same, and say so in the result."""
+    """Compare even if the reference has another crop, and record it in the result."""
     cache: str | None = None
     """Folder for statistics of real images, measured once; null: ckpt_dir/cache/statistics."""
     classifier: str | None = None
     """File that `ssdd/main.py task=classifier` wrote on real images: count how often it sees the asked class."""
     baseline_numbers: int | None = None
-    """Add samples of one Gaussian a class in a PCA space of this many numbers; null adds no such row."""
+    """Add a baseline row: samples of one Gaussian per class in a PCA space of this many dimensions; null disables
+    it."""
     batch_size: int = 64
-    """Images decoded together and kept as one chunk, which is what an interrupted evaluation repeats."""
+    """Images decoded together and stored as one chunk; an interrupted evaluation repeats only the unfinished chunk."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
-    """Autocast of the decoders, where auto is no unless SSDD_PRECISION says otherwise; features are float32."""
+    """Autocast of the decoders; auto is no unless SSDD_PRECISION is set. Features are float32."""
     resamples: int = 200
     """Bootstrap resamples of the KID intervals."""
 
@@ -251,15 +257,15 @@ class DiTConfig:
     run_name: str = "dit"
     """Name of the run: its folder is ckpt_dir/jobs/run_name. Training resumes a run of the same name."""
     ckpt_dir: str = "runs"
-    """Where runs live, and where checkpoint references are looked up."""
+    """Folder of all runs, where checkpoint references are looked up."""
     seed: int = 0
     """Seed of initial weights, data order and all training draws."""
     deterministic: bool = False
-    """Only kernels that give the same bits every time; on a CPU they all do."""
+    """Use only kernels that give the same bits every time; all CPU kernels do."""
     cache: str | None = None
     """train: folder written by `python -m latent_cache build`, or an fsspec URL of one (s3://, gs://, https://)."""
     dry_run: bool = False
-    """train: print parameters, GFLOP, memory and hours on this machine, measured on a few steps, and end."""
+    """train: print parameters, GFLOP, memory and hours on this machine, measured on a few steps, and exit."""
     cache_dir: str | None = None
     """train: local folder for the shards of a cache at a URL."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -275,7 +281,7 @@ class DiTConfig:
     out: str | None = None
     """sample, evaluate: folder for the results (default: samples or evaluation inside the run's folder)."""
     samples: str | None = None
-    """evaluate: folder of a sample set; null: that of the run, drawn as `sampling` says if it isn't there."""
+    """evaluate: folder of a sample set; null: that of the run, drawn as `sampling` describes if it does not exist."""
     dataset: DatasetConfig = field(default_factory=adm_images)
     """evaluate: real images to compare with, the train split as reference, the val split as floor and held-out set.
     train: the images of the cache, where losses.repa or training.fidelity_every need them."""

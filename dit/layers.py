@@ -13,6 +13,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -58,9 +59,10 @@ def resize_positions(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, 
     # Half precision files round the table, by up to 4e-3 in bfloat16.
     if torch.allclose(table.float(), sincos_position_table(*grid, dim), rtol=0, atol=4e-3):
         return sincos_position_table(*new_grid, dim).to(table.dtype)
-    plane = table.float().reshape(1, *grid, dim).permute(0, 3, 1, 2)  # [1, h, rows, columns]
+    rows, columns = grid
+    plane = rearrange(table.float(), "1 (i j) h -> 1 h i j", i=rows, j=columns)
     plane = F.interpolate(plane, size=new_grid, mode="bicubic", align_corners=False)
-    return plane.flatten(2).transpose(1, 2).to(table.dtype).contiguous()
+    return rearrange(plane, "1 h i j -> 1 (i j) h").to(table.dtype).contiguous()
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
@@ -89,8 +91,8 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # As a matrix product, whose tokens lie one after the other: the layout that all blocks inherit.
         p = self.patch_size
-        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
-        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+        patches = rearrange(x, "b c (i p) (j q) -> b (i j) (c p q)", p=p, q=p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimestepEmbedder(nn.Module):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ class DiT(nn.Module):
         if width % heads or width % 4:
             raise UserError(f"{name or 'DiT'}: width {width} must divide by its {heads} heads and by 4")
         if rope and width // heads % 4:
-            raise UserError(f"{name or 'DiT'}: rope needs {width} / {heads} channels a head to divide by 4")
+            raise UserError(f"{name or 'DiT'}: rope needs {width} / {heads} channels per head to divide by 4")
         if convention not in CONVENTIONS:
             raise UserError(f"{name or 'DiT'}: convention={convention!r} is none of {', '.join(CONVENTIONS)}")
         self.config = {
@@ -181,8 +182,7 @@ class DiT(nn.Module):
     def unpatchify(self, patches: Tensor) -> Tensor:
         """[B, T, p p O] with the channel fastest -> [B, O, H, W]."""
         (rows, columns), p = self.grid, self.patch_size
-        x = patches.view(-1, rows, columns, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, rows * p, columns * p)
+        return rearrange(patches, "b (i j) (p q c) -> b c (i p) (j q)", i=rows, j=columns, p=p, q=p)
 
     @classmethod
     def from_name(

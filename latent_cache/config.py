@@ -8,7 +8,7 @@ from ssdd.images.sources import DatasetConfig
 
 
 def adm_images() -> DatasetConfig:
-    """Images as every gFID reference has them: those of the tokenizer's training, with the ADM crop."""
+    """Images of the tokenizer's training, with the ADM crop that every gFID reference uses."""
     return DatasetConfig(crop="adm")
 
 
@@ -27,21 +27,22 @@ class BuildConfig:
     ckpt_dir: str = "runs"
     """Where run names are looked up, as in ssdd/main.py."""
     overwrite: bool = False
-    """Delete the cache, or the unfinished build, of other settings that `out` holds."""
+    """Delete the cache, or unfinished build, with other settings that `out` holds."""
     dataset: DatasetConfig = field(default_factory=adm_images)
     """Images to encode, in the order of the source. batch_size and aug_scale have no effect on a cache."""
     splits: list[str] = field(default_factory=lambda: ["train", "val"], metadata={"choices": ("train", "val")})
-    """Splits to encode; train is always one of them, since the statistics are those of the train split."""
+    """Splits to encode; train is always included, because the statistics are those of the train split."""
     samples_per_shard: int = 10_000
-    """Images a shard. A shard is the unit of work: an interruption costs each process one shard at most."""
+    """Images per shard. A shard is the unit of work: an interruption costs each process at most one shard."""
     content: str = field(default="mean", metadata={"choices": ("mean", "moments")})
     """What a row holds: the posterior mean, or mean and log variance, from which the reader draws a new sample."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
     """Further views of every image."""
     batch_size: int = 32
-    """Images encoded together. The batches are fixed by sample index, since other batches mean other last bits."""
+    """Images encoded together. The batches are fixed by sample index, because the last bits of a latent depend on its
+    batch."""
     threads: int = 1
-    """Threads of one process on the CPU, for the same reason a setting of the cache; more processes are free."""
+    """CPU threads per process; a setting of the cache for the same reason. The number of processes may vary."""
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
     """Where the encoder runs; auto: on the GPU if there is one."""
     dry_run: bool = False
@@ -71,7 +72,7 @@ class StatsConfig:
     limit: int | None = 50_000
     """Samples to look at, spread evenly over the split; null: all of them."""
     out: str | None = None
-    """JSON file for the figures, next to the table that is printed."""
+    """JSON file for the figures, besides the printed table."""
 
 
 @dataclass
@@ -82,16 +83,17 @@ class ExportConfig:
     """Whose layout: fast-dit: normalised samples; lightningdit: raw samples, both views; repa: raw mean and deviation;
     mar: raw mean and log variance, both views."""
     out: str
-    """Folder to make; it is written as OUT.partial and renamed, so that it is whole or absent."""
+    """Folder to create; it is written as OUT.partial and renamed, so that it is complete or absent."""
     split: str = "train"
     """Split to export."""
     flips: str = field(default="stored", metadata={"choices": ("stored", "repeat")})
-    """Mirrored views for lightningdit and mar. repeat: the plain view in their place, which trains without mirrors."""
+    """Mirrored views for lightningdit and mar. repeat: store the plain view in their place, which trains without
+    mirroring."""
     scaling_factor: float | None = None
-    """repa, mar: instead of raw latents, normalised ones divided by this, for code that multiplies with this literal
-    (REPA 0.18215, MAR 0.2325) and so sees unit variance."""
+    """repa, mar: export normalised latents divided by this instead of raw ones, for code that multiplies by this
+    literal (REPA 0.18215, MAR 0.2325) and so gets unit variance."""
     seed: int = 0
-    """Of the posterior samples that fast-dit and lightningdit store of a cache with content=moments."""
+    """Seed of the posterior samples that fast-dit and lightningdit store for a cache with content=moments."""
     dry_run: bool = False
     """Print count and bytes, and write nothing."""
 
@@ -101,21 +103,21 @@ class ImportConfig:
     format: str = field(metadata={"choices": ("fast-dit", "lightningdit", "repa")})
     """Whose layout `source` has."""
     source: str
-    """Folder to read. What `export` wrote tells its origin and statistics in export.json; others don't."""
+    """Folder to read. Folders written by `export` record their origin and statistics in export.json; others do not."""
     out: str
     """Folder of the cache to make; an interrupted import of the same source in it is continued."""
     tokenizer: str | None = None
-    """Checkpoint reference of the tokenizer that encoded these latents. You vouch for it: latents don't tell their
-    encoder. Without it, and without fingerprint, the cache can be trained on, but is refused where it is decoded."""
+    """Checkpoint reference of the tokenizer that encoded these latents. It cannot be verified: latents do not
+    record their encoder. Without it, and without fingerprint, the cache can be trained on but not decoded."""
     fingerprint: str | None = None
-    """The same, by the fingerprint of the encoder's weights, as any z_stats.json of that encoder holds it."""
+    """The same, by the fingerprint of the encoder's weights, as recorded in any z_stats.json of that encoder."""
     ckpt_dir: str = "runs"
     """Where run names are looked up."""
     classes: int | None = None
-    """Number of classes; default: as export.json says, else the largest label + 1."""
+    """Number of classes; default: as recorded in export.json, else the largest label + 1."""
     scaling_factor: float | None = None
     """The stored values are raw latents times this; default: 0.18215 for fast-dit, else 1."""
     samples_per_shard: int = 10_000
-    """Latents a shard."""
+    """Latents per shard."""
     overwrite: bool = False
-    """Delete the cache, or the unfinished import, of other settings that `out` holds."""
+    """Delete the cache, or unfinished import, with other settings that `out` holds."""

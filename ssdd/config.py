@@ -50,7 +50,7 @@ class EmaConfig:
     """Moving average of the weights, which evaluation and export use."""
 
     decay: float = 0.999
-    """Decay a step; it ramps up as (1 + k) / (10 + k) over the first updates."""
+    """Decay per step; it ramps up as (1 + k) / (10 + k) over the first updates."""
     start_iter: int = 50_000
     """Step at which averaging starts, at most a tenth of the planned steps; before it the average is a copy."""
 
@@ -85,7 +85,7 @@ class TokenizerConfig:
 
 @dataclass
 class LossesConfig:
-    """Weights of the loss terms; a weight of 0 builds nothing."""
+    """Weights of the loss terms; 0 disables a term."""
 
     diffusion: float = 1.0
     """Flow matching: mean squared error of the velocity. Distillation: of the image."""
@@ -156,7 +156,7 @@ class DiscriminatorConfig:
     n_layers: int = 4
     """Convolutions of stride 2."""
     trajectory: bool = True
-    """Show it the noisy image beside the predicted one."""
+    """Show it the noisy image together with the predicted one."""
 
 
 @dataclass
@@ -176,9 +176,9 @@ class DistillConfig:
     z: str = field(default="mean", metadata={"choices": LATENTS})
     """Latent to decode: the posterior's mean, a sample, or noisy: the mean plus up to tau_max deviations of noise."""
     targets: str = field(default="online", metadata={"choices": ("online", "cache")})
-    """The teacher's images: drawn anew at every step, or stored once below ckpt_dir/cache (fixed crops, z=mean)."""
+    """The teacher's images: computed at every step, or stored once in ckpt_dir/cache (fixed crops, z=mean)."""
     noises: int = 1
-    """Stored teacher images of an image, each from its own noise; epochs take them in turn."""
+    """Stored teacher images per image, each from its own noise; epochs use them in turn."""
     tau_max: float = 0.3
     """Largest noise of distill.z=noisy, in deviations of the latents over the first 256 training images."""
 
@@ -198,7 +198,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Moment decays of the optimizer."""
     weight_decay: float = 1e-2
-    """Decoupled weight decay of matrices and convolutions; biases, norms and tables have none."""
+    """Decoupled weight decay of matrices and convolutions; biases, norms and tables are not decayed."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly."""
     lr_schedule: str = field(default="constant", metadata={"choices": ("constant", "cosine")})
@@ -206,30 +206,30 @@ class TrainingConfig:
     grad_accumulate: int = 1
     """Parts that a step's batch is split into, to save memory."""
     grad_clip: float = 0.1
-    """Largest gradient norm; 0 switches clipping off."""
+    """Largest gradient norm; 0 disables clipping."""
     grad_checkpoint: bool = False
-    """Compute activations of the blocks again in the backward pass: less memory, about a third more work."""
+    """Recompute the activations of the blocks in the backward pass: less memory, about a third more work."""
     fsdp: bool = False
     """Shard parameters, averages and optimizer state over the processes (FSDP) instead of keeping all in each (DDP);
     needs ssdd.compile=false."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
-    """Autocast; auto is what SSDD_PRECISION says, else bf16 where the device computes in it natively, else no; for
-    task=eval, which measures, auto is no unless SSDD_PRECISION says otherwise."""
+    """Autocast; auto takes the value of SSDD_PRECISION, else bf16 where the device supports it natively, else no;
+    for task=eval auto is no unless SSDD_PRECISION is set."""
     eval_freq: int = 4
-    """Epochs between evaluations; 0 evaluates never."""
+    """Epochs between evaluations; 0 disables evaluation."""
     save_on_best: str = field(default="FID", metadata={"choices": METRICS})
-    """Metric that decides what `best` is; PSNR instead where it was not measured, and of FID below ten images a feature
-    dimension (20480)."""
+    """Metric that selects the `best` checkpoint; PSNR is used if it was not measured, or if FID has fewer than ten
+    images per feature dimension (20480)."""
     save_every: int = 5_000
     """Steps between checkpoints; `last` is also written with every evaluation and at the end."""
     sample_every: int | None = None
-    """Steps between pictures of originals above reconstructions; null: with every evaluation; 0: never."""
+    """Steps between pictures of originals above reconstructions; null: with every evaluation; 0 disables them."""
     keep: int = 0
-    """Newest of the checkpoints of every save_every steps to keep as run@step-000123, beside `last`."""
+    """How many of the newest checkpoints of every save_every steps to keep as run@step-000123, besides `last`."""
     wandb: str | None = None
-    """Weights & Biases project that metrics and pictures also go to (pip install wandb); null: none."""
+    """Weights & Biases project that metrics and pictures are also sent to (pip install wandb); null disables it."""
     log_freq: int = 200
-    """Steps between lines of metrics.jsonl, and between the only waits for the device."""
+    """Steps between lines of metrics.jsonl; training waits for the device only at these steps."""
 
 
 @dataclass
@@ -241,21 +241,22 @@ class EvaluationConfig:
     decoders: list[str] = field(default_factory=list)
     """Rows to evaluate side by side, each `name:checkpoint reference:steps`; empty takes ssdd.checkpoint."""
     metrics: list[str] = field(default_factory=lambda: ["auto"], metadata={"choices": ("auto", *METRICS)})
-    """Metrics beside those of pixels, which cost little and are always there; auto: all whose weights are here. One
-    that is named must be here. FID names the network inception."""
+    """Metrics besides the pixel metrics, which are always measured; auto: all whose weights are found. The weights
+    of a metric that is named must be found. FID selects the network inception."""
     features: list[str] = field(default_factory=lambda: ["auto"])
     """Networks of the distances: inception, efficientnet_lite0, dinov2, clip, timm/MODEL, classifier:FILE; auto takes
-    the first two where their weights are."""
+    those of the first two whose weights are found."""
     baselines: bool = False
-    """Add the rows that any tokenizer must beat: PCA with as many numbers as the latent, and a slight blur."""
+    """Add baseline rows: PCA with as many numbers as the latent, and a slight blur."""
     limit: int | None = None
-    """Use only this many held-out images, whatever dataset.limit says."""
+    """Use only this many held-out images, regardless of dataset.limit."""
     batch_size: int = 64
     """Images decoded together."""
     resamples: int = 200
     """Bootstrap resamples of the KID intervals."""
     noise_draws: int = 0
-    """Draws of noise for noise_r2: how well a row follows what the noise does to the first row's images; 0: not."""
+    """Draws of noise for noise_r2: how well a row reproduces the effect of the noise on the first row's images; 0
+    disables it."""
 
 
 @dataclass
@@ -263,17 +264,17 @@ class SSDDConfig:
     """Train, distil, evaluate an image tokenizer with a diffusion decoder."""
 
     task: str = field(default="train", metadata={"choices": ("train", "eval", "z_stats", "classifier")})
-    """What to do; classifier trains the small network whose features judge image sets (classifier:FILE)."""
+    """What to do; classifier trains the small network whose features compare image sets (classifier:FILE)."""
     run_name: str | None = None
     """Name of the run: its folder is ckpt_dir/jobs/run_name. Training resumes that run. Default: date and time."""
     ckpt_dir: str = "runs"
-    """Where runs live, and where checkpoint references are looked up."""
+    """Folder of all runs, where checkpoint references are looked up."""
     seed: int = 0
     """Seed of initial weights, data order, all training draws and the decoder noise of evaluation."""
     objective: str = field(default="flow", metadata={"choices": ("flow", "direct")})
     """flow: flow matching over all times; direct: only at t = 1, one step from noise to real images (a baseline)."""
     dry_run: bool = False
-    """train: print parameters, GFLOP, memory and hours on this machine, measured on a few steps, and end."""
+    """train: print parameters, GFLOP, memory and hours on this machine, measured on a few steps, and exit."""
     distill_teacher: bool = False
     """Distil ssdd.checkpoint, sampled with ssdd.fm_sampler.steps, into a one-step decoder."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -44,15 +44,15 @@ class EvidenceConfig:
     """Teacher, student, direct and KL decoders at equal data and wall-clock."""
 
     name: str = "fashion_mnist"
-    """Runs are written below ckpt_dir/<name>."""
+    """Runs are written to ckpt_dir/<name>."""
     ckpt_dir: str = "runs"
-    """Where runs live."""
+    """Folder of all runs."""
     out: str = "docs/results"
     """Folder of the table."""
     minutes: float = 55.0
-    """Wall-clock of all training on this machine's cores, about."""
+    """Approximate wall-clock minutes of all training on this machine's cores."""
     seeds: int = 3
-    """Seeds of decoders; the encoder is shared."""
+    """Number of seeds of the decoders; the encoder is shared."""
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Jobs at once, one thread each."""
     dataset: DatasetConfig = field(default_factory=fashion_mnist)
@@ -181,7 +181,7 @@ def evaluate(cfg: EvidenceConfig, seed: int, folder: Path, data: list[str]) -> d
 
 
 def report(cfg: EvidenceConfig, plan: dict, trained: dict, results: list[dict]) -> str:
-    """Markdown: one table a feature network, means over seeds with their range, then the decisive differences."""
+    """Markdown: one table per feature network, means over seeds with their range, then the decisive differences."""
     lines = [f"# {cfg.name}: SSDD beside its baselines at equal data and time", ""]
     lines += [
         f"`python scripts/evidence.py{changed(cfg)}`, {machine(cfg)}.",

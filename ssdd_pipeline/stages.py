@@ -30,15 +30,15 @@ class PipelineConfig:
     """From images to gFID with the several-step and the one-step decoder."""
 
     name: str
-    """Everything is written below runs/<name>."""
+    """Everything is written to runs/<name>."""
     ckpt_dir: str = "runs"
-    """Where pipelines live."""
+    """Folder of all pipelines."""
     seed: int = 0
     """Seed of every stage."""
     processes: int = 1
-    """Processes of every stage that can use several; more than one are started with torchrun."""
+    """Processes of every stage that can use several; more than one is started with torchrun."""
     threads: int | None = None
-    """Threads a process on the CPU; null leaves it to torch."""
+    """CPU threads per process; null leaves it to torch."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images of every stage. crop and batch_size are the tokenizer's: caches and gFID references have the ADM crop."""
     teacher_steps: int = 8

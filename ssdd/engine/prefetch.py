@@ -45,7 +45,7 @@ class PrefetchConfig:
     """Pretrained weights to download."""
 
     names: list[str] = field(default_factory=list)
-    """Names of the list that this program prints without them, or timm/MODEL."""
+    """Names from the list that this program prints without arguments, or timm/MODEL."""
     out: str = "weights"
     """Folder of the files."""
 

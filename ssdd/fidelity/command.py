@@ -35,31 +35,33 @@ class FidelityConfig:
     """Sets of images against a reference set."""
 
     sets: list[str] = field(default_factory=list)
-    """The sets, the reference last; the same as naming them without a key."""
+    """The sets, the reference last; the same as giving them without a key."""
     features: str = "auto"
-    """Networks, separated by commas: inception, efficientnet_lite0, dinov2, clip, timm/MODEL; auto: what is here."""
+    """Networks, separated by commas: inception, efficientnet_lite0, dinov2, clip, timm/MODEL; auto: those whose weights
+    are found."""
     out: str = "metrics.json"
     """File of the result."""
     im_size: int | None = None
-    """Cut all images to squares of this side with `crop`; null takes them as they are."""
+    """Cut all images to squares of this side with `crop`; null leaves them as they are."""
     crop: str = field(default="adm", metadata={"choices": ("adm", "resize")})
     """adm (box halving, bicubic; every gFID reference's) or resize (bilinear short side, centre crop)."""
     allow_mismatch: bool = False
-    """Compare sets of different sizes or crops all the same, and say so in the result."""
+    """Compare sets even if their sizes or crops differ, and record it in the result."""
     decide: str = field(default="none", metadata={"choices": ("none", "kid", "frechet")})
-    """Say which of several sets is closer to the reference. By frechet only with enough images for its bias."""
+    """Decide which of several sets is closer to the reference; frechet is accepted only with enough images to make its
+    bias small."""
     batch_size: int = 64
-    """Images a forward pass."""
+    """Images per forward pass."""
     resamples: int = 200
     """Bootstrap resamples of images for KID's interval."""
     kid_subsets: int = 100
-    """Random subsets of KID as torch-fidelity has it."""
+    """Random subsets of torch-fidelity's KID estimate."""
     kid_subset_size: int = 1000
-    """Images of such a subset; sets that have fewer go without this estimate."""
+    """Images per subset; the estimate is omitted for smaller sets."""
     seed: int = 2020
-    """Of the subsets and the bootstrap; 2020 is torch-fidelity's."""
+    """Seed of the subsets and the bootstrap; torch-fidelity uses 2020."""
     cache: str = field(default_factory=lambda: str(default_cache()))
-    """Folder of the reference's statistics; empty keeps none."""
+    """Folder for the reference's statistics; empty disables storing them."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +80,7 @@ def _run(argv: list[str]) -> None:
 
 
 def run(cfg: FidelityConfig) -> dict[str, Any]:
-    """Measure every set once a network and compare it with the last one; returns what goes to `out`."""
+    """Measure every set once per network and compare it with the last one; returns what goes to `out`."""
     if len(cfg.sets) < 2:
         raise UserError("give two sets or more, the reference last: python scripts/fidelity.py SAMPLES REFERENCE")
     if len(set(cfg.sets)) < len(cfg.sets):
@@ -144,7 +146,7 @@ def _beside(cfg: FidelityConfig, samples: Statistics, reference: Statistics) -> 
 def _few_images(network: FeatureNetwork, sets: dict[str, Statistics], names: list[str]) -> list[str]:
     needed = IMAGES_A_DIMENSION * network.dim
     return [
-        f"{name}: {sets[name].count} images are fewer than {IMAGES_A_DIMENSION} a dimension of {network.name} "
+        f"{name}: {sets[name].count} images are fewer than {IMAGES_A_DIMENSION} per dimension of {network.name} "
         f"({needed}), so most of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the "
         "floor"
         for name in names
@@ -158,7 +160,7 @@ def check_decision(by: str, counts: list[int | None], networks: list[FeatureNetw
     if by == "frechet" and (None in counts or len(set(counts)) > 1 or min(counts) < needed):
         raise UserError(
             f"decide=frechet: raw Frechet distances of {', '.join(str(count) for count in counts)} images decide "
-            f"nothing: their bias does. That takes equal counts of at least {needed} ({IMAGES_A_DIMENSION} a "
+            f"nothing: their bias does. That takes equal counts of at least {needed} ({IMAGES_A_DIMENSION} per "
             "dimension). Use decide=kid"
         )
 
@@ -183,7 +185,7 @@ def decide(
 
 
 def table(result: dict[str, Any]) -> str:
-    """How each set was treated, then a block of lines a network and set."""
+    """How each set was treated, then a block of lines per network and set."""
     lines = []
     for name, described in (*result["sets"].items(), ("reference", result["reference"])):
         lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in described.items() if key != "path"))

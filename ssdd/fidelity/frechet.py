@@ -14,8 +14,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|mean_a - mean_b|^2 + Tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), never negative (Heusel et al. 2017).
 
     With roots cov = R R^T, the trace of the product's root is the sum of the singular values of R_a^T R_b. scipy's
-    sqrtm of the product has given wrong figures on several platforms (facts 3.1), and roots of the product's
-    eigenvalues turn rounding of 1e-16 into 1e-8 wherever covariances are singular.
+    sqrtm of the product has given wrong figures on several platforms (pytorch-fid issues 100 and 103), and roots of the
+    product's eigenvalues turn rounding of 1e-16 into 1e-8 wherever covariances are singular.
     Warns when a covariance is singular, as with no more images than features: then most of the value is bias.
     """
     dim = len(a.mean)

@@ -1,4 +1,4 @@
-"""Resizing and cropping by name: the paper's (facts f) and ADM's (facts 1.1)."""
+"""Resizing and cropping by name: SSDD's (arXiv 2510.04961) and that of ADM's ImageNet references (arXiv 2105.05233)."""
 
 from __future__ import annotations
 

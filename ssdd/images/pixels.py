@@ -1,7 +1,7 @@
 """Between image tensors in [-1, 1] and 8-bit pixels, and sheets of images.
 
 `to_uint8` is the only conversion of the project: every metric, picture and file goes through it, so that no two
-figures differ by half a grey level (truncating instead of rounding darkens by that much; facts 3.4).
+figures differ by half a grey level (truncating instead of rounding darkens by that much).
 """
 
 from __future__ import annotations

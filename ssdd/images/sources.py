@@ -28,7 +28,8 @@ class DatasetConfig:
     )
     """Where images come from: digits (scikit-learn, no download), fashion_mnist (IDX files), a folder, or shards."""
     root: str | None = None
-    """Folder of the source; for imagefolder it wins over imagenet_root, for fashion_mnist over the usual places.
+    """Folder of the source; for imagefolder it takes precedence over imagenet_root, for fashion_mnist over the usual
+    places.
 
     For webdataset a folder or URL (s3://, https://, ...) with train/*.tar and val/*.tar, or a pattern of shards as
     URL/{train-{0000..1023},val-{00..63}}.tar. Samples: KEY.jpg|jpeg|png|webp with KEY.cls, or KEY.json with "label".
@@ -40,20 +41,21 @@ class DatasetConfig:
     im_size: int = 128
     """Side of the square images, in pixels."""
     batch_size: int = 256
-    """Images a step over all processes together."""
+    """Images per step, over all processes."""
     aug_scale: float | None = None
     """Training: resize the short side to a random length in [im_size, aug_scale * im_size) before the random crop."""
     limit: int | None = None
-    """Use only this many images of each split, the same ones every time, as evenly over the classes as they allow."""
+    """Use only this many images of each split, the same ones every time, spread over the classes as evenly as
+    possible."""
     flip: bool | None = None
-    """Mirror half of the training images; null: what the source allows (no for digits and Fashion-MNIST, else yes)."""
+    """Mirror half of the training images; null: if the source allows it (not digits and Fashion-MNIST)."""
     crop: str = field(default="resize", metadata={"choices": ("resize", "adm")})
     """Test-time crop: resize (bilinear short side, centre crop; the paper's) or adm (box halving, bicubic; gFID's)."""
     workers: int | None = None
-    """Processes that decode images; 0: the training process itself; null: one a core, up to 8, for files and shards,
-    else 0. The batches are the same for any number."""
+    """Processes that decode images; 0: the training process itself; null: one per core, up to 8, for files and
+    shards, else 0. The batches are the same for any number."""
     on_corrupt: str = field(default="error", metadata={"choices": ("error", "skip")})
-    """An unreadable image file: stop with its path (error), or leave it out and count it (skip)."""
+    """An unreadable image file: stop with its path (error), or skip and count it (skip)."""
 
     @property
     def reading_processes(self) -> int:
@@ -67,7 +69,7 @@ class DatasetConfig:
 class ImageSource:
     """One split of labelled RGB images.
 
-    name: source name; split: train or val; labels: int64 [n]; class_names: one name a class;
+    name: source name; split: train or val; labels: int64 [n]; class_names: one name per class;
     flip: whether a mirror image is a valid image; pictures: reads image number i.
     """
 

@@ -1,4 +1,4 @@
-"""Distillation of a several-step decoder into one step (facts e, the corrected second version).
+"""Distillation of a several-step decoder into one step, as in the second release of SSDD's code (2025-11-12).
 
 The teacher decodes the encoder's mean from noise n in S Euler steps to y; the student, started from the teacher's
 weights, sees the same z and the same n at t = 1 and must reach y in one step: n + v(n, 1, z) = y.
@@ -18,7 +18,7 @@ LATENTS = ("mean", "sample", "noisy")
 
 
 class DistillationObjective(nn.Module):
-    """Mean squared error to the teacher's image, image losses to the same image, REPA to the real one (facts e).
+    """Mean squared error to the teacher's image, image losses to the same image, REPA to the real one.
 
     student, teacher: tokenizers with equal encoders; the teacher is frozen here. teacher_steps: its Euler steps.
     latents: which latent both decode: the posterior's "mean" (paper), a "sample" of it, or "noisy": the mean plus

@@ -1,4 +1,4 @@
-"""The training objectives of the tokenizer: flow matching with image losses, REPA and KL (facts d), and baselines.
+"""The training objectives of the tokenizer: SSDD's flow matching with image losses, REPA and KL, and baselines.
 
 An objective is a module that holds the networks and maps (images, draws) to loss terms, so that wrappers for several
 devices see one forward pass.

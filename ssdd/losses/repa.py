@@ -1,4 +1,4 @@
-"""REPA: the transformer's tokens are drawn towards those of a frozen vision transformer (Yu et al. 2024; facts d)."""
+"""REPA (arXiv 2410.06940): the transformer's tokens are drawn towards those of a frozen vision transformer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ssdd.engine.errors import UserError
@@ -50,7 +51,8 @@ class PatchTokens(nn.Module):
         """Images [B, 3, H, W] in [-1, 1] -> tokens [B, grid height, grid width, dim]."""
         x = F.interpolate(images.float(), size=self.size, mode="bicubic", align_corners=False)
         tokens = self.model.forward_features((x * 0.5 + 0.5 - self.mean) / self.std)
-        return tokens[:, self.model.num_prefix_tokens :].unflatten(1, self.grid)
+        rows, columns = self.grid
+        return rearrange(tokens[:, self.model.num_prefix_tokens :], "b (i j) d -> b i j d", i=rows, j=columns)
 
     def train(self, mode: bool = True) -> PatchTokens:
         """Stays in evaluation mode whatever a surrounding module does."""
@@ -90,7 +92,7 @@ def resample_positions(table: Tensor, prefix: int, grid: tuple[int, int]) -> Ten
     """Position table [1, prefix + n n, C] for another grid of patches: bicubic, without antialiasing."""
     fixed, square = table[:, :prefix], table[:, prefix:]
     side = round(square.shape[1] ** 0.5)
-    square = square.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    square = rearrange(square, "1 (i j) d -> 1 d i j", i=side)
     if (side, side) != grid:
         square = F.interpolate(square.float(), size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([fixed, square.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return torch.cat([fixed, rearrange(square, "1 d i j -> 1 (i j) d")], dim=1)

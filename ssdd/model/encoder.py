@@ -143,7 +143,7 @@ class Encoder(nn.Module):
         return self.out_proj(self.conv_out(silu(self.norm_out(self.mid(h)))))
 
     def initialise(self, posterior_std: float = 1.0) -> None:
-        """For an encoder that is going to be trained: convolutions N(0, 0.02^2), zero bias (SSDD facts a.6).
+        """For an encoder that is going to be trained: convolutions N(0, 0.02^2), zero bias, as in SSDD's code.
 
         Narrow encoders take fan_in^-1/2 instead of 0.02, or no signal would pass. `posterior_std` is what the
         posterior's deviation starts at.

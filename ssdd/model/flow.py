@@ -53,7 +53,7 @@ def predict_noise(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
 
 
 def logit_normal_t(n: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """n training times sigmoid(N(mean, std^2)), float32 [n] on the generator's device (SSDD facts c; SD3, eq. 19)."""
+    """n training times sigmoid(N(mean, std^2)), float32 [n] on the generator's device (SD3, eq. 19)."""
     return torch.sigmoid(torch.randn(n, generator=generator, device=generator.device) * std + mean)
 
 
@@ -85,7 +85,7 @@ def step_lengths(grid: Sequence[float]) -> list[float]:
 
 
 def euler(velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callback | None = None) -> Tensor:
-    """First-order solver: x <- x + v(x, t_i) (t_i - t_{i+1}) along `grid`; one evaluation a step.
+    """First-order solver: x <- x + v(x, t_i) (t_i - t_{i+1}) along `grid`; one evaluation per step.
 
     The state stays in float32 whatever the network's dtype. `callback(i, x)` sees the state after step i. Times are
     numbers of the host: on a GPU each becomes a fill kernel, so that no step waits for the device.

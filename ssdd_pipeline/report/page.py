@@ -33,7 +33,7 @@ class ReportConfig:
     """A page of finished evaluations."""
 
     results: list[str] = field(default_factory=list)
-    """Folders with a task_result.json; the same as naming them without a key."""
+    """Folders with a task_result.json; the same as giving them without a key."""
     out: str = "report.html"
     """File of the page."""
     title: str | None = None
