@@ -6,12 +6,15 @@ it. A worker that runs out of either fails in a thread of its queue, and its own
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing.process
 import multiprocessing.queues
 import os
 import resource
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -35,6 +38,8 @@ WANTED_FILES = 4096
 SPARE_FILES = 16  # for checkpoints, logs and images
 OF_A_WORKER = 4
 TENSORS = 4  # of a batch
+
+_running: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +70,9 @@ def read_by_workers(
             worker_init_fn=_prepare,
             generator=torch.Generator(),  # its own, so that the global stream stays where it is
         )
-        for batch in loader:
+        batches = iter(loader)
+        _running.update(set(multiprocessing.active_children()) - others)
+        for batch in batches:
             yield _converted(batch, np.ndarray, torch.from_numpy) if piped else batch
     except (OSError, RuntimeError) as problem:
         if not isinstance(problem, OSError) and not any(failure in str(problem) for failure in FAILURES):
@@ -73,6 +80,14 @@ def read_by_workers(
         for worker in set(multiprocessing.active_children()) - others:  # they may wait for each other, and for us
             worker.kill()
         raise UserError(f"worker processes can't read images ({first_line(problem)}). {REMEDY}") from problem
+
+
+@atexit.register
+def _end_all() -> None:
+    """End the workers of readers that an error left half-way: Python would ask with SIGTERM and wait for them."""
+    for worker in _running:
+        if worker.is_alive():
+            worker.kill()
 
 
 def free_shared_memory() -> float:

@@ -120,3 +120,21 @@ def test_a_worker_that_is_killed_ends_in_one_line(images):
     dataset._sample = lambda epoch, index: os.kill(os.getpid(), 9)
     with pytest.raises(UserError, match=r"DataLoader worker \(pid.*dataset.workers=0"):
         list(eval_batches(dataset, 8, workers=1))
+
+
+LEFT = """
+import sys
+from ssdd.images.batches import eval_batches
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.sources import DatasetConfig, open_source
+cfg = DatasetConfig(source="imagefolder", root=sys.argv[1], im_size=64)
+batches = eval_batches(ImageDataset(open_source(cfg, "train"), cfg, train=False), 4, workers=2)
+next(batches)
+raise SystemExit(5)
+"""
+
+
+def test_a_program_ends_that_has_read_only_some_of_the_batches(images):
+    """Its workers ignore SIGTERM, which Python would end them with."""
+    done = subprocess.run([sys.executable, "-c", LEFT, str(images)], env=ENVIRONMENT, timeout=50)
+    assert done.returncode == 5
