@@ -104,7 +104,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay of matrices and convolutions; biases, norms and embeddings are not decayed."""
     grad_clip: float = 1.0
-    """Largest gradient norm; 0 disables clipping."""
+    """Largest norm of all gradients of a step together, with those of loss heads; 0 disables clipping."""
     t_sampling: str = field(default="logit_normal", metadata={"choices": ("logit_normal", "uniform")})
     """Distribution of training times."""
     t_shift: float = 1.0

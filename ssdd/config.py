@@ -206,7 +206,7 @@ class TrainingConfig:
     grad_accumulate: int = 1
     """Parts that a step's batch is split into, to save memory."""
     grad_clip: float = 0.1
-    """Largest gradient norm; 0 disables clipping."""
+    """Largest norm of all gradients of a step together, with those of loss heads; 0 disables clipping."""
     grad_checkpoint: bool = False
     """Recompute the activations of the blocks in the backward pass: less memory, about a third more work."""
     fsdp: bool = False

@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     from ssdd.engine.cli import parse
+    from ssdd.engine.precision import Precision
     from ssdd.engine.presets import configs_dir
+    from ssdd.engine.processes import Processes
     from ssdd.images.sources import open_source
     from ssdd_pipeline.report.page import write_report
     from ssdd_pipeline.stages import PipelineConfig, build_stages
@@ -48,6 +50,7 @@ def _run(argv: list[str]) -> int:
     )  # fmt: skip
     stages = build_stages(cfg)
     check_arguments(stages)
+    Precision.resolve("auto", Processes.join().device)  # a precision that cannot be had must not cost finished stages
     with hold_lock(Path(cfg.ckpt_dir) / cfg.name) as lock, StopSignals() as stop:
         images = {split: open_source(cfg.dataset, split).fingerprint() for split in ("train", "val")}
         for number, stage in enumerate(stages, 1):

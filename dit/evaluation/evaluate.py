@@ -64,7 +64,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     processes = Processes.join()
     device = processes.device
     precision = Precision.resolve(options.mixed_precision, device, measuring=True)
-    choose_kernels(deterministic=False)
+    choose_kernels(tf32=False)
     rows = open_rows(options.decoders, cfg.ckpt_dir, device)
     networks = load_networks(options.features, device)
     judge = SmallClassifier.load(options.classifier).to(device) if options.classifier else None

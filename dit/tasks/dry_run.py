@@ -29,7 +29,7 @@ def dry_run(cfg: DiTConfig) -> dict[str, Any]:
     processes = Processes.join()
     device, world = processes.device, processes.world
     precision = Precision.resolve(training.mixed_precision, device)
-    choose_kernels(deterministic=False)
+    choose_kernels()
     parts = training.accumulate
     rows = rows_a_process("training.batch_size", training.batch_size, world, parts) // parts
     network = build_network(cfg, cache).to(device)

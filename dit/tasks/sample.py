@@ -88,7 +88,7 @@ def run(cfg: DiTConfig) -> Path:
     processes, sampling = Processes.join(), cfg.sampling
     check_sampling(sampling)
     precision = Precision.resolve(sampling.mixed_precision, processes.device, measuring=True)
-    choose_kernels(deterministic=False)
+    choose_kernels(tf32=False)
     reference = sampling.checkpoint or cfg.run_name
     weights = averaged(resolve(reference, cfg.ckpt_dir), sampling.ema)
     model = load_dit(weights, sampling.family).to(processes.device)

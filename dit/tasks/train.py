@@ -29,7 +29,6 @@ from dit.tasks.training_latents import TrainingLatents
 from ssdd.engine import checkpoint
 from ssdd.engine.devices import choose_kernels, peak_memory
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json
 from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.optim import GradientStep, build_optimizer, learning_rate, parameter_groups
 from ssdd.engine.precision import Precision
@@ -60,7 +59,8 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     check(cfg)
     directory, cache = RunDirectory(cfg.ckpt_dir, cfg.run_name), open_cache(cfg)
     latents = TrainingLatents(cfg, cache, processes, with_images=cfg.losses.repa != 0)
-    if result := directory.finished(cfg):
+    identity = {"cache": cache.manifest["sha256"], "seed": cfg.seed, "batch_size": latents.batch_size}
+    if result := processes.agree(lambda: directory.finished(cfg, identity)):
         return result
 
     # Networks, and what trains them.
@@ -84,8 +84,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     bad = FirstBadStep(device)
 
     # Resume: the state has all that a step reads, besides the config.
-    identity = {**network.config, "cache": cache.manifest["sha256"], "seed": cfg.seed, "terms": objective.terms}
-    identity |= {"batch_size": latents.batch_size, "averages": list(averages)}
+    identity |= {**network.config, "averages": list(averages), "terms": objective.terms}
     identity |= {"repa": vars(cfg.repa) if heads else None}
     parts = {
         "model": Weights(network),
@@ -94,24 +93,23 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         "aux": Auxiliary(heads, means, scaler, processes),
     }
     metadata = {**network.metadata(), "trained_on": json.dumps(trained_on(cache))}
-    state = TrainingState(directory, processes, identity, parts, metadata, training.keep)
+    state = TrainingState(directory, processes, identity, parts, metadata, precision, training.keep)
     state.restore(steps)
-    start = state.step
-    if start == steps and directory.result.is_file():
-        return read_json(directory.result)
+    if state.step == steps and (result := processes.agree(directory.training_result)):
+        return result
     if training.grad_checkpoint:
         recompute_activations(network)
     if training.compile:
         network.compile()
     model = objective if training.fsdp else processes.data_parallel(objective)
     if processes.is_main:
-        directory.begin(cfg, start)
-    batches, weights = latents.read(start), loss_weights(cfg)
-    throughput = Throughput(device, precision.name, latents.batch_size, flop, world, start)
+        directory.begin(cfg, state.step)
+    batches, weights = latents.read(state.step), loss_weights(cfg)
+    throughput = Throughput(device, precision.name, latents.batch_size, flop, world, state.step)
     model.train()
     with StopRequest() as stop, state.log(steps, f"train {cfg.run_name}", training.wandb) as progress:
-        progress.message(state.headline(precision))
-        for step in range(start, steps):
+        progress.message(state.headline())
+        for step in range(state.step, steps):
             # Data and draws of this step.
             batch = latents.batch(throughput.next(batches), step)
             lr = learning_rate(training.lr, step, steps, training.warmup_steps, training.lr_schedule)
@@ -164,8 +162,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 raise SystemExit(0)
 
     result = {"task": "train", **state.result(steps, latents.batch_size, trained.values()), "model": network.config}
-    result |= {"cache": cache.manifest["sha256"], "precision": precision.record()}
-    result |= {"peak_memory_bytes": peak_memory(device)}
+    result |= {"cache": cache.manifest["sha256"], "peak_memory_bytes": peak_memory(device)}
     if processes.is_main:
         directory.write_result(result)
     processes.wait()

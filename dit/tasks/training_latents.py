@@ -15,7 +15,7 @@ from dit.tasks.build import Cache
 from dit.tasks.cache_images import CacheImages
 from ssdd.engine.devices import to_device
 from ssdd.engine.processes import Processes
-from ssdd.engine.training_checks import rows_a_process
+from ssdd.engine.training_checks import parts_of, rows_a_process
 
 
 @dataclass
@@ -33,7 +33,8 @@ class TrainingBatch:
 
 
 class TrainingLatents:
-    """The latents of a cache as the batches of a config; rows: of a step that this process gets.
+    """The latents of a cache as the batches of a config; rows: of a step that this process gets, in
+    `parts`.
 
     with_images: read the images behind the latents as well. UserError for a batch that cannot be divided, and for
     images that the cache was not made of.
@@ -43,13 +44,8 @@ class TrainingLatents:
         self.cfg, self.cache, self.processes = cfg, cache, processes
         self.batch_size, parts = cfg.training.batch_size, cfg.training.accumulate
         self.rows = rows_a_process("training.batch_size", self.batch_size, processes.world, parts)
+        self.parts = parts_of(self.rows, parts)
         self.images = CacheImages(cfg.dataset, cache) if with_images else None
-
-    @property
-    def parts(self) -> list[slice]:
-        """The rows of every part that a step's batch is split into, in order."""
-        size = self.rows // self.cfg.training.accumulate
-        return [slice(first, first + size) for first in range(0, self.rows, size)]
 
     def read(self, start: int) -> Iterator[Any]:
         """Endless batches of this process, on the host, from step `start` on."""

@@ -107,6 +107,12 @@ def load(folder: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Tensor]], 
     raise UserError(f"{folder}: a writer replaces it faster than it can be read; stop that process first")
 
 
+def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The ``state`` of a complete checkpoint, without its tensors; None where there is none."""
+    found = _complete(Path(folder))
+    return None if found is None else json.loads((found / STATE_FILE).read_text(encoding="utf-8"))
+
+
 def exists(folder: str | os.PathLike[str]) -> bool:
     """Whether :func:`load` finds a complete checkpoint for ``folder``."""
     return _complete(Path(folder)) is not None

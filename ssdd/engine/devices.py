@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """Refuse operations whose result depends on timing, or allow them; for the process, whatever was set before."""
+def choose_kernels(deterministic: bool = False, tf32: bool = True) -> None:
+    """Which kernels this process takes from here on, whatever was set before.
+
+    deterministic: refuse operations whose result depends on timing. tf32: float32 convolutions on CUDA may round their
+    inputs to 10 bits of mantissa (torch's default); off where figures are measured.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -47,7 +47,7 @@ class Ema:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs besides :meth:`tensors`."""
-        return {"updates": self.updates}
+        return {"updates": self.updates, "start_iter": self.start_iter}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -62,3 +62,4 @@ class Ema:
         for name, average in self._averages.items():
             average.copy_(laid_out_as(average, tensors[name]))
         self.updates = int(state["updates"])
+        self.start_iter = int(state.get("start_iter", self.start_iter))  # of a prolonged run, that of its beginning

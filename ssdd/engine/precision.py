@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,18 +76,30 @@ class Precision:
         enabled = self.name == "fp16"
         return torch.amp.GradScaler(self.device.type if enabled else "cpu", enabled=enabled)
 
-    def record(self) -> dict[str, str]:
-        """What results and manifests say: {"mixed_precision": name, "why": ...}, with the CPU's capability on CPUs."""
-        told = {"mixed_precision": self.name, "why": self.why}
-        return told | {"cpu": cpu_capability()} if self.device.type == "cpu" else told
+    def record(self) -> dict[str, Any]:
+        """What results and manifests record: {"mixed_precision": name, "why": ...}, and what else rounding depends on.
+
+        That is on a CPU the capability, and on CUDA whether float32 convolutions may take TF32 now.
+        """
+        recorded: dict[str, Any] = {"mixed_precision": self.name, "why": self.why}
+        if self.device.type == "cpu":
+            recorded["cpu"] = cpu_capability()
+        if self.device.type == "cuda":
+            recorded["tf32"] = torch.backends.cudnn.allow_tf32
+        return recorded
 
     def __str__(self) -> str:
         return self.why
 
 
 def forced_precision() -> str | None:
-    """What SSDD_PRECISION says that `auto` is, everywhere in this process and the ones it starts; None: nothing."""
+    """What SSDD_PRECISION says that `auto` is, in this process and the ones it starts; None: nothing.
+
+    UserError for a name that it does not know.
+    """
     forced = os.environ.get(VARIABLE, "")
+    if forced not in ("", *PRECISIONS):
+        raise UserError(f"{VARIABLE}={forced} is unknown: choose one of {', '.join(PRECISIONS)}")
     return None if forced in ("", "auto") else forced
 
 

@@ -39,9 +39,9 @@ class Processes:
     def join(cls, device: str = "auto", patient: bool = False) -> Processes:
         """Meet the other processes that a launcher started, if any; to be called by all of them.
 
-        device: auto (the accelerator that torch finds, else the CPU), cpu or cuda. patient: waits of hours are no
-        error. UserError where there is no such device, or accelerate is configured to shard parameters, which the
-        trainers do themselves.
+        device: auto (the accelerator that torch finds, else the CPU), cpu or cuda. patient: waits of hours are not an
+        error; the CPU beside a GPU needs it where there are several processes. UserError where there is no such device,
+        or accelerate is configured to shard parameters, which the trainers do themselves.
         """
         for name in SHARDING_LAUNCHERS:
             if _flag(f"ACCELERATE_USE_{name}"):
@@ -53,11 +53,14 @@ class Processes:
             raise UserError("device=cuda, but this machine has no usable GPU: take device=cpu or device=auto")
         without_gpu = _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         on_cpu = device == "cpu" or without_gpu
-        if all(int(os.environ.get(name, "1")) == 1 for name in WORLD_SIZES):
+        if all(int(os.environ.get(name) or 1) == 1 for name in WORLD_SIZES):
             return cls(0, 1, torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator())
         from accelerate import PartialState
 
         state = PartialState(cpu=without_gpu)
+        if state.num_processes == 1:
+            raise UserError("several processes were started, but they do not find each other: start them with torchrun")
+        atexit.unregister(_leave)  # once, however often they join
         atexit.register(_leave)
         own = torch.device("cpu") if on_cpu else state.device
         return cls(state.process_index, state.num_processes, own, _patient_group() if patient else None)

@@ -134,12 +134,13 @@ def cache_folder() -> Path:
     """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssdd"
-    except RuntimeError:  # neither $HOME nor an entry of this user, as in containers with --user
-        return _temporary_cache()
-    if folder.is_dir():
-        return folder
-    there = next(parent for parent in folder.absolute().parents if parent.exists())
-    return folder if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else _temporary_cache()
+        if folder.is_dir():
+            return folder
+        there = next(parent for parent in folder.absolute().parents if parent.exists())
+        usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except (RuntimeError, PermissionError):  # no home and no such user, as in containers with --user; another's home
+        usable = False
+    return folder if usable else _temporary_cache()
 
 
 def _temporary_cache() -> Path:

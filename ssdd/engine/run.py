@@ -32,20 +32,34 @@ class RunDirectory:
 
         write_atomic(self.path / "config.yaml", to_yaml(cfg))
 
-    def finished(self, cfg: Any) -> dict[str, Any] | None:
-        """The result of a run that has ended with this very config; None where something may be left to do."""
+    def finished(self, cfg: Any, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """The result of a training that has ended with this very config; None where something may be left to do.
+
+        identity: what is known before anything is built of what its last checkpoint must have been made of.
+        """
+        from ssdd.engine.checkpoint import load_state
         from ssdd.engine.schema import to_yaml
 
-        config = self.path / "config.yaml"
-        if not (self.result.is_file() and config.is_file() and config.read_text(encoding="utf-8") == to_yaml(cfg)):
+        config, result = self.path / "config.yaml", self.training_result()
+        if result is None or not config.is_file() or config.read_text(encoding="utf-8") != to_yaml(cfg):
             return None
-        return read_json(self.result)
+        state = load_state(self.last)
+        wanted = plain(identity)
+        if state is None or any(state["identity"].get(key) != value for key, value in wanted.items()):
+            return None
+        print(f"{self.path} is finished: raise its steps to go on, or choose another run_name", flush=True)
+        return result
+
+    def training_result(self) -> dict[str, Any] | None:
+        """What a training has written to ``task_result.json``; None where it has not, or another task has."""
+        result = read_json(self.result) if self.result.is_file() else {}
+        return result if result.get("task") == "train" else None
 
     def begin(self, cfg: Any, step: int) -> None:
         """A run with this config goes on after `step` steps: what was written of later ones goes."""
-        self.save_config(cfg)
+        self.result.unlink(missing_ok=True)  # first: beside the new config, it would be taken for this run's
         self.truncate_metrics(step)
-        self.result.unlink(missing_ok=True)
+        self.save_config(cfg)
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Add one line, a JSON object (with its ``step``), to ``metrics.jsonl``; NaN and infinity become null."""

@@ -40,7 +40,8 @@ class TrainingState:
     """How far a run is, and all that its next step reads besides its config.
 
     identity: JSON values that must not change while the run goes on. parts: by the names of their files.
-    metadata: of every weights file. best: which evaluation was the best, where a run is evaluated.
+    metadata: of every weights file. precision: that of the steps to come; earlier: names of those before it.
+    best: which evaluation was the best, where a run is evaluated.
     """
 
     directory: RunDirectory
@@ -48,11 +49,12 @@ class TrainingState:
     identity: dict[str, Any]
     parts: Mapping[str, Part]
     metadata: Mapping[str, str]
+    precision: Precision
     keep: int = 0
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
-    precision: str | None = None
+    earlier: list[str] = field(default_factory=list)
     _began: float = field(default_factory=time.perf_counter)
 
     def restore(self, steps: int) -> None:
@@ -72,7 +74,8 @@ class TrainingState:
         for name, part in self.parts.items():
             part.load(tensors.get(name, {}), values)
         self.step, self.metrics = values["step"], values["metrics"]
-        self.best, self.precision = values.get("best"), values.get("precision")
+        self.best, before = values.get("best"), values.get("precisions", [])
+        self.earlier = before[:-1] if before[-1:] == [self.precision.name] else before
         self._began = time.perf_counter() - values["seconds"]
 
     def log(self, steps: int, title: str, wandb: str | None) -> ProgressLog:
@@ -86,12 +89,10 @@ class TrainingState:
             wandb=wandb,
         )
 
-    def headline(self, precision: Precision) -> str:
+    def headline(self) -> str:
         """The first line of the log; says so where the run goes on in another precision than before."""
-        before = self.precision or precision.name
-        self.precision = precision.name
-        changed = "" if before == precision.name else f"; {before} until step {self.step}"
-        return f"precision {precision}{changed}"
+        changed = f"; {self.earlier[-1]} until step {self.step}" if self.earlier else ""
+        return f"precision {self.precision}{changed}"
 
     def result(self, steps: int, batch_size: int, trained: Iterable[Tensor]) -> dict[str, Any]:
         """What every training's result says of how far the run is and how fast it went; batch_size: of a step."""
@@ -101,6 +102,7 @@ class TrainingState:
             "images": done,
             **self.metrics,
             "parameters": sum(parameter.numel() for parameter in trained),
+            "precision": self.precision.record() | ({"earlier": self.earlier} if self.earlier else {}),
             "checkpoint": str(self.directory.last),
             "seconds": self.seconds,
             "images_per_s": done / max(self.seconds, 1e-9),
@@ -115,7 +117,8 @@ class TrainingState:
         """Write a checkpoint under the first name and link the others to it; returns when all processes may go on."""
         groups = {name: part.tensors() for name, part in self.parts.items()}
         values = {key: value for part in self.parts.values() for key, value in part.values().items()}
-        values |= {key: getattr(self, key) for key in ("identity", "step", "metrics", "best", "precision", "seconds")}
+        values |= {key: getattr(self, key) for key in ("identity", "step", "metrics", "best", "seconds")}
+        values["precisions"] = [*self.earlier, self.precision.name]
         whole = {name: gathered(group, keep=self.processes.is_main) for name, group in groups.items() if group}
         if self.processes.is_main:
             folder = self.directory.checkpoints

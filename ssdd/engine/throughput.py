@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssdd.engine.devices import peak_memory, synchronize
+from ssdd.engine.precision import DTYPES
 
 Batch = TypeVar("Batch")
 
@@ -35,7 +36,6 @@ HALF_PRECISION_TFLOPS = {
     "RTX 3090": 71,
 }
 """Dense bf16 and fp16 peak with float32 accumulation, from the makers' data sheets, by words of the device's name."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 def count_flop(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:

@@ -23,6 +23,12 @@ def rows_a_process(key: str, batch_size: int, world: int, parts: int) -> int:
     return batch_size // world
 
 
+def parts_of(rows: int, count: int) -> list[slice]:
+    """The rows of every part that a step's `rows` are split into, in order; `count` divides them."""
+    size = rows // count
+    return [slice(first, first + size) for first in range(0, rows, size)]
+
+
 def check_identity(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """UserError that names what changed since the checkpoint in `folder` was written."""
     changed = [f"{key} was {found.get(key)}, is {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]

@@ -7,6 +7,7 @@ it. A worker that runs out of either fails in a thread of its queue, and its own
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import multiprocessing.process
 import multiprocessing.queues
@@ -75,7 +76,8 @@ def read_by_workers(
         for batch in batches:
             yield _converted(batch, np.ndarray, torch.from_numpy) if piped else batch
     except (OSError, RuntimeError) as problem:
-        if not isinstance(problem, OSError) and not any(failure in str(problem) for failure in FAILURES):
+        exhausted = getattr(problem, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)
+        if not exhausted and not any(failure in str(problem) for failure in FAILURES):
             raise
         for worker in set(multiprocessing.active_children()) - others:  # they may wait for each other, and for us
             worker.kill()
@@ -112,7 +114,8 @@ def free_descriptors() -> float:
 
 def _has_room(batch_bytes: int, workers: int) -> bool:
     """Whether `workers` can hand over batches in shared memory; UserError where they can't do so at all."""
-    needed, files = batch_bytes * (workers * AHEAD + 1), free_descriptors()
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # processes of this machine that share the memory
+    needed, files = beside * batch_bytes * (workers * AHEAD + 1), free_descriptors()
     if files < SPARE_FILES + OF_A_WORKER * workers:
         raise UserError(
             f"{workers} worker processes take {OF_A_WORKER * workers} open files, and this process may open only "

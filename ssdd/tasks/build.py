@@ -83,12 +83,12 @@ def build_encoder(cfg: SSDDConfig) -> SSDD:
     return SSDD(found, "XXS", encoder_checkpoint=path)
 
 
-def build_discriminator(cfg: SSDDConfig) -> Discriminator | None:
+def build_discriminator(cfg: SSDDConfig, precision: Precision) -> Discriminator | None:
     """The adversary, where `losses.gan_disc` asks for one. UserError if the images are too small for it."""
     if not cfg.losses.gan_disc:
         return None
     options = cfg.gan.discriminator
-    if cfg.training.mixed_precision == "fp16":
+    if precision.name == "fp16":
         raise UserError(
             "losses.gan_disc needs training.mixed_precision=bf16 or no: one loss scale can't serve two losses"
         )

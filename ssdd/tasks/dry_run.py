@@ -26,11 +26,11 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
     processes = Processes.join()
     device, world = processes.device, processes.world
     precision = Precision.resolve(cfg.training.mixed_precision, device)
-    choose_kernels(deterministic=False)
+    choose_kernels()
     rows = max(1, cfg.dataset.batch_size // world // cfg.training.grad_accumulate)
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=True)
     steps = cfg.training.steps or cfg.training.epochs * steps_per_epoch(dataset, cfg.dataset.batch_size)
-    network, discriminator = build_tokenizer(cfg).to(device), build_discriminator(cfg)
+    network, discriminator = build_tokenizer(cfg).to(device), build_discriminator(cfg, precision)
     objective = build_objective(cfg, network, discriminator).to(device)
     stored = cfg.distill_teacher and cfg.distill.targets == "cache"
     if discriminator is not None:

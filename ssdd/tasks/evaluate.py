@@ -228,7 +228,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     """Evaluate `evaluation.decoders`, or `ssdd.checkpoint` at `evaluation.steps`; writes task_result.json, pictures."""
     processes = Processes.join()
     precision = Precision.resolve(cfg.training.mixed_precision, processes.device, measuring=True)
-    choose_kernels(deterministic=False)
+    choose_kernels(tf32=False)
     rows = open_rows(cfg.evaluation.decoders, cfg.ckpt_dir, processes.device)
     if not rows:
         if cfg.ssdd.checkpoint is None:

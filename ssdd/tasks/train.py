@@ -18,7 +18,7 @@ from ssdd.engine import checkpoint
 from ssdd.engine.devices import choose_kernels, peak_memory
 from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json, sha256_file
+from ssdd.engine.files import sha256_file
 from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.optim import GradientStep, averaged_weights, build_optimizer, learning_rate, parameter_groups
 from ssdd.engine.precision import Precision
@@ -55,12 +55,13 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     directory, images = RunDirectory(cfg.ckpt_dir, cfg.run_name), TrainingImages(cfg, processes)
     steps = images.steps
     check(cfg, steps)
-    if result := directory.finished(cfg):
+    identity = identity_of(cfg, images)
+    if result := processes.agree(lambda: directory.finished(cfg, identity)):
         return result
 
     # Networks, and what trains them.
     torch.manual_seed(seed_of(cfg.seed, "ssdd.init"))
-    network, discriminator = build_tokenizer(cfg).to(device), build_discriminator(cfg)
+    network, discriminator = build_tokenizer(cfg).to(device), build_discriminator(cfg, precision)
     objective = build_objective(cfg, network, discriminator).to(device)
     flop = flop_per_image(cfg, objective, precision)
     looks = Looks(cfg, network, processes, precision)
@@ -77,8 +78,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     bad = FirstBadStep(device)
 
     # Resume: the state has all that a step reads, besides the config.
-    identity = identity_of(cfg, network, images, objective.terms)
-    images.store_targets(objective, identity.get("teacher"))
+    identity |= identity_of_networks(cfg, network, objective.terms)
+    images.store_targets(objective, [identity.get("teacher"), identity.get("teacher_encoder")])
     parts = {
         "model": Weights(network),
         "model_ema": Average(ema, network),
@@ -86,11 +87,10 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         "aux": Auxiliary(heads, means, scaler, processes),
         **adversary.parts,
     }
-    state = TrainingState(directory, processes, identity, parts, network.metadata, training.keep)
+    state = TrainingState(directory, processes, identity, parts, network.metadata, precision, training.keep)
     state.restore(steps)
-    start = state.step
-    if start == steps and directory.result.is_file():
-        return read_json(directory.result)
+    if state.step == steps and (result := processes.agree(directory.training_result)):
+        return result
     if training.grad_checkpoint:
         recompute_activations(network)
     if cfg.ssdd.compile:
@@ -99,13 +99,13 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     model = objective if training.fsdp else processes.data_parallel(objective)
     adversary.distribute(processes)
     if processes.is_main:
-        directory.begin(cfg, start)
-    batches = images.read(start)
-    throughput = Throughput(device, precision.name, images.batch_size, flop, world, start)
+        directory.begin(cfg, state.step)
+    batches = images.read(state.step)
+    throughput = Throughput(device, precision.name, images.batch_size, flop, world, state.step)
     title = f"{'distil' if cfg.distill_teacher else 'train'} {cfg.run_name}"
     with StopRequest() as stop, state.log(steps, title, training.wandb) as progress:
-        progress.message(state.headline(precision))
-        for step in range(start, steps):
+        progress.message(state.headline())
+        for step in range(state.step, steps):
             # Data and draws of this step.
             batch = images.batch(throughput.next(batches), step, network)
             lr = learning_rate(training.lr, step, steps, training.warmup_steps, training.lr_schedule)
@@ -164,7 +164,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 raise SystemExit(0)
 
     result = {"task": "train", "best": state.best, **state.result(steps, images.batch_size, parameters.values())}
-    result |= {"tokenizer": network.config, "precision": precision.record(), "peak_memory_bytes": peak_memory(device)}
+    result |= {"tokenizer": network.config, "peak_memory_bytes": peak_memory(device)}
     if processes.is_main:
         directory.write_result(result)
     processes.wait()
@@ -194,16 +194,20 @@ def trained(network: SSDD, objective: nn.Module) -> tuple[dict[str, nn.Parameter
     return tuple({name: p for name, p in group.items() if p.requires_grad} for group in (parameters, heads))
 
 
-def identity_of(cfg: SSDDConfig, network: SSDD, images: TrainingImages, terms: list[str]) -> dict[str, Any]:
-    """What must not change while a run goes on."""
-    identity = {"encoder": network.config["encoder"], "decoder": network.config["decoder"], "seed": cfg.seed}
-    identity |= {"data": images.dataset.source.fingerprint(), "batch_size": images.batch_size, "terms": terms}
+def identity_of(cfg: SSDDConfig, images: TrainingImages) -> dict[str, Any]:
+    """What must not change while a run goes on, as far as it is known before the networks are built."""
+    identity = {"data": images.dataset.source.fingerprint(), "batch_size": images.batch_size, "seed": cfg.seed}
     identity |= {"optimizer": cfg.training.optimizer, "objective": cfg.objective}
-    if cfg.distill_teacher:
-        teacher = sha256_file(checkpoint.resolve(str(cfg.ssdd.checkpoint), cfg.ckpt_dir))
-        identity |= {"teacher": [teacher, network.encoder_fingerprint()], "sampler": vars(cfg.ssdd.fm_sampler)}
-        identity |= {"distill": vars(cfg.distill)}
+    if cfg.distill_teacher and cfg.ssdd.checkpoint is not None:
+        teacher = sha256_file(checkpoint.resolve(cfg.ssdd.checkpoint, cfg.ckpt_dir))
+        identity |= {"teacher": teacher, "sampler": vars(cfg.ssdd.fm_sampler), "distill": vars(cfg.distill)}
     return identity
+
+
+def identity_of_networks(cfg: SSDDConfig, network: SSDD, terms: list[str]) -> dict[str, Any]:
+    """The rest of it; terms: names of the losses."""
+    identity = {"encoder": network.config["encoder"], "decoder": network.config["decoder"], "terms": terms}
+    return identity | ({"teacher_encoder": network.encoder_fingerprint()} if cfg.distill_teacher else {})
 
 
 def active_terms(cfg: SSDDConfig, terms: list[str], step: int) -> list[str]:

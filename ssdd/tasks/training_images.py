@@ -14,7 +14,7 @@ from ssdd.config import SSDDConfig
 from ssdd.engine.devices import to_device
 from ssdd.engine.errors import UserError
 from ssdd.engine.processes import Processes
-from ssdd.engine.training_checks import rows_a_process
+from ssdd.engine.training_checks import parts_of, rows_a_process
 from ssdd.images.batches import steps_per_epoch, train_batches
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.sources import open_source
@@ -41,12 +41,14 @@ class TrainingBatch:
 class TrainingImages:
     """The training images of a config, and how many steps they make.
 
-    rows: of a step that this process gets. steps: of the whole run. UserError for a batch that cannot be divided.
+    rows: of a step that this process gets, in `parts`. steps: of the whole run. UserError for a batch that cannot be
+    divided.
     """
 
     def __init__(self, cfg: SSDDConfig, processes: Processes):
         self.cfg, self.processes, self.batch_size = cfg, processes, cfg.dataset.batch_size
         self.rows = rows_a_process("dataset.batch_size", self.batch_size, processes.world, cfg.training.grad_accumulate)
+        self.parts = parts_of(self.rows, cfg.training.grad_accumulate)
         self.stored = cfg.distill_teacher and cfg.distill.targets == "cache"  # then every epoch sees the same crops
         source = open_source(cfg.dataset, "train")
         self.dataset = ImageDataset(source, cfg.dataset, train=not self.stored, seed=cfg.seed)
@@ -54,12 +56,6 @@ class TrainingImages:
         training = cfg.training
         self.steps = training.epochs * self.epoch_steps if training.steps is None else training.steps
         self.targets: TargetStore | None = None
-
-    @property
-    def parts(self) -> list[slice]:
-        """The rows of every part that a step's batch is split into, in order."""
-        size = self.rows // self.cfg.training.grad_accumulate
-        return [slice(first, first + size) for first in range(0, self.rows, size)]
 
     def store_targets(self, objective: DistillationObjective, teacher: Any) -> None:
         """Make the stored targets complete, if the config wants any. teacher: checksums of its weights.

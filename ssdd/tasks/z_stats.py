@@ -29,7 +29,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     processes = Processes.join()
     if processes.world > 1:
         raise UserError("task=z_stats runs in one process: accelerate launch --num_processes 1 ssdd/main.py ...")
-    choose_kernels(deterministic=False)
+    choose_kernels(tf32=False)
     precision = Precision.float32(processes.device)
     tokenizer = build_encoder(cfg).to(processes.device).eval()
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=False)

@@ -55,7 +55,7 @@ def test_a_loaded_average_continues_with_the_same_bits():
         whole.update(step)
         resumed.update(step)
     assert torch.equal(whole.tensors()["a"], resumed.tensors()["a"])
-    assert whole.state() == resumed.state() == {"updates": 12}
+    assert whole.state() == resumed.state() == {"updates": 12, "start_iter": 2}
 
 
 def test_other_names_or_shapes_are_refused():

@@ -100,4 +100,5 @@ def test_a_record_has_the_reason_and_the_cpu_that_bytes_depend_on(monkeypatch):
     assert Precision.resolve("bf16", CPU).record() == expected
     monkeypatch.setattr(precision, "native_bf16", lambda device: "compute capability 9.0")
     found = Precision.resolve("auto", CUDA).record()
-    assert found == {"mixed_precision": "bf16", "why": "auto: bf16, compute capability 9.0"}
+    tf32 = torch.backends.cudnn.allow_tf32
+    assert found == {"mixed_precision": "bf16", "why": "auto: bf16, compute capability 9.0", "tf32": tf32}

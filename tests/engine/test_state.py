@@ -24,7 +24,7 @@ ALONE = Processes(0, 1, CPU)
 class Run:
     """A linear layer that learns to be zero, with everything that a training page keeps."""
 
-    def __init__(self, folder: Path, **identity: object):
+    def __init__(self, folder: Path, precision: str = "no", **identity: object):
         self.network, self.head = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
         parameters = dict(self.network.named_parameters())
         optimizer = torch.optim.AdamW([*parameters.values(), self.head], lr=0.1)
@@ -38,7 +38,8 @@ class Run:
             "optimizer": OptimizerState(optimizer),
             "aux": Auxiliary({"head": self.head}, self.means, self.update.scaler, ALONE),
         }
-        self.state = TrainingState(RunDirectory(folder, "run"), ALONE, identity, parts, {"made": "here"}, keep=1)
+        directory, precision = RunDirectory(folder, "run"), Precision.resolve(precision, CPU)
+        self.state = TrainingState(directory, ALONE, identity, parts, {"made": "here"}, precision, keep=1)
 
     def step(self) -> None:
         x = torch.linspace(-1, 1, 3) + self.state.step
@@ -89,14 +90,33 @@ def test_another_identity_and_fewer_steps_are_refused(tmp_path):
         Run(tmp_path, seed=0).state.restore(steps=0)
 
 
-def test_a_run_that_goes_on_in_another_precision_says_so_in_its_first_line(tmp_path):
+def test_a_run_that_goes_on_in_another_precision_says_so_in_its_first_line_and_result(tmp_path):
+    for precision, line, earlier in (
+        ("bf16", "precision bf16", None),
+        ("bf16", "precision bf16", None),
+        ("no", "precision no; bf16 until step 2", ["bf16"]),
+    ):
+        run = Run(tmp_path, precision)
+        run.state.restore(steps=5)
+        assert run.state.headline() == line
+        run.step()
+        run.state.save("last")
+        recorded = run.state.result(1, 1, [])["precision"]
+        assert (recorded["mixed_precision"], recorded.get("earlier")) == (precision, earlier)
+
+
+def test_a_prolonged_run_keeps_the_start_of_its_average(tmp_path):
     run = Run(tmp_path)
-    assert run.state.headline(Precision.resolve("bf16", CPU)) == "precision bf16"
-    run.step()
+    for _ in range(3):
+        run.step()
     run.state.save("last")
-    again = Run(tmp_path)
-    again.state.restore(steps=5)
-    assert again.state.headline(Precision.resolve("no", CPU)) == "precision no; bf16 until step 1"
+    prolonged = Run(tmp_path)
+    prolonged.ema.start_iter = 50  # of a longer plan
+    prolonged.state.restore(steps=500)
+    run.step()
+    prolonged.step()
+    averages = zip(run.ema.tensors().values(), prolonged.ema.tensors().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in averages)
 
 
 def test_gradients_are_clipped_together():

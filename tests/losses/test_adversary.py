@@ -10,6 +10,7 @@ import torch
 from ssdd.engine.checkpoint import load
 from ssdd.engine.errors import UserError
 from ssdd.engine.optim import parameter_groups
+from ssdd.engine.precision import Precision
 from ssdd.engine.run import RunDirectory
 from ssdd.losses.adversary import Discriminator
 from ssdd.losses.objective import FlowObjective, ImageLosses
@@ -92,7 +93,7 @@ def test_a_discriminator_that_is_not_finite_stops_the_run_before_it_is_saved(con
         run(config(*GAN, "training.steps=2", "gan.start_iter=0"))
     assert not (tmp_path / "jobs" / "tokenizer" / "checkpoints" / "last").exists()
     with pytest.raises(UserError, match="one loss scale"):
-        build_discriminator(config(*GAN, "training.mixed_precision=fp16"))
+        build_discriminator(config(*GAN), Precision("fp16", "auto: fp16, SSDD_PRECISION", torch.device("cuda")))
 
 
 def test_accumulated_parts_see_the_same_discriminator(config, tmp_path):
