@@ -50,7 +50,7 @@ class Settings:
 
 
 def builder(argv: list[str]) -> int:
-    """A table of seconds and overhead a round, and the same as one line of JSON."""
+    """A table of seconds and overhead per round, and the same as one line of JSON."""
     settings = parse(Settings, argv, program="bench builder", description=__doc__)
     check_positive(settings, "images", "side", "batch", "threads", "rounds")
     device = bench_device()

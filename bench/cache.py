@@ -48,7 +48,7 @@ def cache() -> int:
     print("reader                        best    median  best / webdataset")
     for name, rate in rates.items():
         print(f"{name:24s} {rate['best']:9.0f} {rate['median']:9.0f} {rate['best'] / stock['best']:12.1f}")
-    print(f"DiT-S/2, batch {STEP_BATCH}: {wait['step']:.2f} s a step, {wait['share']:.4%} of it waiting for data")
+    print(f"DiT-S/2, batch {STEP_BATCH}: {wait['step']:.2f} s per step, {wait['share']:.4%} of it waiting for data")
     print(json.dumps({"samples_per_s": rates, "training_step": wait}))
     return 0
 
@@ -99,7 +99,7 @@ def measure_readers(root: Path) -> dict[str, dict[str, float]]:
         "ours, 100 shards": (LatentDataset(root / "100").batches(BATCH), SAMPLES // BATCH),
         "ours, in memory": (LatentDataset(root / "10", preload="ram").batches(BATCH), SAMPLES // BATCH),
         "webdataset": (webdataset_batches(root / "10"), 20),
-        "np.load, a file an item": (item_batches(lambda index: np.load(root / f"files/{index:09d}.npy")), 20),
+        "np.load, one file per item": (item_batches(lambda index: np.load(root / f"files/{index:09d}.npy")), 20),
         "safetensors, by item": (item_batches(safetensors_item(root / "latents.safetensors")), 20),
     }
     for batches, _ in readers.values():

@@ -20,7 +20,7 @@ writing the output to fresh pages costs about as much."""
 
 
 def ceilings(device: torch.device, dtype: str) -> dict[str, float]:
-    """FLOP a second, best of several: `matmul`, and `conv` and `thin_conv`, 3x3 in channels_last."""
+    """FLOP per second, best of several: `matmul`, and `conv` and `thin_conv`, 3x3 in channels_last."""
     kind = device.type
     found = {"matmul": matmul_flops(device, DTYPES[dtype], MATRIX_SIDE[kind], CALLS)}
     for name, (channels, side) in CONVOLUTIONS.items():

@@ -67,7 +67,7 @@ class Settings:
     compile: list[bool] = field(default_factory=lambda: [False], metadata={"choices": (False, True)})
     """torch.compile both networks."""
     batch: int = 16
-    """Latents a step."""
+    """Latents per step."""
     rounds: int = 5
     """Rounds that count; networks alternate, so that what else the machine does hits both alike."""
     json: str | None = None

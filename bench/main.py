@@ -6,8 +6,9 @@ dit: a training step of our DiT beside one of diffusers' of the same shape: `dit
     compile=true batch=16 rounds=5`.
 pipeline: sampling from class to image with f16c4 latents and our one-step decoder beside f8c4 and AutoencoderKL.
 builder: a cache built from JPEG files beside the encoder alone.
-cache: latents a second of the cache's reader beside other ways to store them, and what a training step waits for data.
-scaling: time and peak memory of one-step decodes and of local attention alone at growing sizes, a process for each.
+cache: latents per second of the cache's reader compared with other storage formats, and how long a training step waits
+for data.
+scaling: time and peak memory of one-step decodes and of local attention alone at growing sizes, in one process each.
 
 The first four take key=value, list their keys with --help, and write their results to a file with json=FILE.
 """
@@ -63,7 +64,7 @@ def run(argv: list[str]) -> int:
 
 
 def scaling() -> int:
-    """A table of best times, times a pixel relative to the smallest size, and peak resident memory."""
+    """A table of best times, times per pixel relative to the smallest size, and peak resident memory."""
     print("what       px     best s   ns/px   ratio   peak GiB")
     for what in ("attention", "decode"):
         first = None

@@ -61,8 +61,8 @@ COLUMNS = (
 
 @dataclass
 class Settings:
-    """Images a second of f16c4 latents and our one-step decoder, and of f8c4 latents and AutoencoderKL. Speed alone:
-    weights are random, and nothing is said of quality."""
+    """Images per second with f16c4 latents and our one-step decoder, and with f8c4 latents and AutoencoderKL. Speed
+    alone: weights are random, and quality is not measured."""
 
     model: str | None = field(default=None, metadata={"choices": NAMES})
     """DiT of both chains; null is DiT-XL/2 on CUDA and DiT-S/2 on a CPU."""

@@ -36,11 +36,11 @@ class Work:
     stages: dict[str, Callable[[], object]]
     parameters: int
     flop: int
-    """Of one image as it is computed, two a multiply-add: matrix products, convolutions and attentions."""
+    """Of one image as it is computed, two per multiply-add: matrix products, convolutions and attentions."""
 
 
 def measure_in_turn(jobs: Sequence[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
-    """Of each job `parameters`, `flop`, `peak_memory_bytes`, and `stages`: its stages' seconds, one a round.
+    """Of each job `parameters`, `flop`, `peak_memory_bytes`, and `stages`: its stages' seconds, one per round.
 
     job["module"] names the module of bench/ whose `prepare(job, device)` makes the Work. UserError as raised there,
     or where a process ended.

@@ -46,7 +46,7 @@ TASKS = ("decode", "encode", "train")
 
 @dataclass
 class Settings:
-    """Images a second of our tokenizer and of others on the same machine, in turn, each in a process of its own."""
+    """Images per second of our tokenizer and of others on the same machine, in turn, each in its own process."""
 
     task: str = field(default="decode", metadata={"choices": TASKS})
     """decode: latents to images. encode: images to posteriors; one encoder, whatever the decoders. train: a step of
@@ -66,7 +66,7 @@ class Settings:
     batch: list[int] = field(default_factory=lambda: [1])
     """Images at once."""
     steps: list[int] = field(default_factory=lambda: [1])
-    """Steps of our decoders in task=decode, a row for each."""
+    """Steps of our decoders in task=decode, one row each."""
     rounds: int = 5
     """Rounds that count; networks alternate, so that what else the machine does hits all alike."""
     json: str | None = None

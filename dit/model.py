@@ -95,7 +95,7 @@ class DiT(nn.Module):
         if width % heads or width % 4:
             raise UserError(f"{name or 'DiT'}: width {width} must divide by its {heads} heads and by 4")
         if rope and width // heads % 4:
-            raise UserError(f"{name or 'DiT'}: rope needs {width} / {heads} channels a head to divide by 4")
+            raise UserError(f"{name or 'DiT'}: rope needs {width} / {heads} channels per head to divide by 4")
         if convention not in CONVENTIONS:
             raise UserError(f"{name or 'DiT'}: convention={convention!r} is none of {', '.join(CONVENTIONS)}")
         self.config = {

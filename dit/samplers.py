@@ -28,7 +28,7 @@ DIFFUSIONS = {
 
 
 def heun(velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callback | None = None) -> Tensor:
-    """Second-order solver (explicit trapezoid); two evaluations a step, but one on a step into t = 0.
+    """Second-order solver (explicit trapezoid); two evaluations per step, but one on a step into t = 0.
 
     That last step is Euler's, as in EDM (Karras et al. 2022, algorithm 1): networks are hardly trained at t = 0, and
     one step of order one leaves the whole of order two.
@@ -56,7 +56,7 @@ def sde(
     diffusion: str = "sigma",
     scale: float = 1.0,
 ) -> Tensor:
-    """Euler-Maruyama on a reverse SDE with the marginals of the ODE (as in SiT); one evaluation a step.
+    """Euler-Maruyama on a reverse SDE with the marginals of the ODE (as in SiT); one evaluation per step.
 
     In reversed time r = 1 - t the ODE is dx = v dr. Adding Langevin dynamics of p_t at any rate w(t) >= 0 changes no
     marginal, because its drift (w / 2) s with the score s = grad log p_t cancels its diffusion in the Fokker-Planck

@@ -152,10 +152,10 @@ class LatentSums:
         return float(r[first, second]), sorted([first, second])
 
     def _radial(self, mean: Tensor, noise: Tensor) -> dict[str, Any]:
-        """Power by radial frequency in cycles a position, the mean over latents and channels, less the channel means.
+        """Power by radial frequency in cycles per position, the mean over latents and channels, less the channel means.
 
-        share: of all power; density: power a mode over that of white noise. flatness: geometric over arithmetic mean of
-        the power of all modes, 1 for white noise (Wiener entropy).
+        share: of all power; density: power per mode over that of white noise. flatness: geometric over arithmetic mean
+        of the power of all modes, 1 for white noise (Wiener entropy).
         """
         channels, height, width = self.shape
         power = self.spectrum / (self.latents * channels) + noise.mean()  # the posterior's noise is white

@@ -9,7 +9,7 @@ DEAD = 0.1  # deviation of the signal, as a share of the median channel's
 HEAVY = 3.0  # excess kurtosis; that of a Laplace distribution
 OUTLIERS = 1e-5  # share beyond 6 deviations
 WHITE = 0.8  # spectral flatness; a field whose neighbours correlate by 0.33 has it
-SMALLEST_GRID = 4  # positions a side; below, a spectrum says nothing
+SMALLEST_GRID = 4  # positions per side; below this a spectrum is meaningless
 CORRELATED = 0.8
 
 
@@ -83,12 +83,13 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", f"largest correlation of two channels: {worst['r']:.3f} ({_list(worst['channels'])})"]
     if posterior:
         lines.append(
-            f"information: {posterior['bits_a_latent']:.5g} bits a latent (Gaussian channels, 0.5 log2(1 + SNR) a "
+            f"information: {posterior['bits_a_latent']:.5g} bits per latent (Gaussian channels, 0.5 log2(1 + SNR) per "
             f"number), KL {posterior['kl_nats_a_latent']:.5g} nats"
         )
     else:
-        lines.append("information: a cache of means has no posterior noise to hold against; build with content=moments")
-    lines += ["", f"power by radial frequency (cycles a position); flatness {spectrum['flatness']:.3f}, white noise 1"]
+        lines.append("information: a cache of means has no posterior noise to compare with; build with content=moments")
+    lines.append("")
+    lines.append(f"power by radial frequency (cycles per position); flatness {spectrum['flatness']:.3f}, white noise 1")
     power = {
         "frequency": [f"{value:.3f}" for value in spectrum["frequency"]],
         "share": [f"{value:.4f}" for value in spectrum["share"]],

@@ -203,7 +203,7 @@ def _baseline(
     judge: SmallClassifier | None,
     judged: dict,
 ) -> ImageSetFolder:
-    """Trivial baseline: one Gaussian a class in pixel PCA space, as many samples of the same classes."""
+    """Trivial baseline: one Gaussian per class in pixel PCA space, as many samples of the same classes."""
     numbers, seed = cfg.evaluation.baseline_numbers, cfg.sampling.seed
     drawn: list[Tensor] = []
 
@@ -291,8 +291,8 @@ def _few_images(network: str, dim: int, count: int) -> list[str]:
     if count >= needed:
         return []
     return [
-        f"{count} samples are fewer than {IMAGES_A_DIMENSION} a dimension of {network.split(':')[0]} ({needed}): most "
-        "of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the floor"
+        f"{count} samples are fewer than {IMAGES_A_DIMENSION} per dimension of {network.split(':')[0]} ({needed}): "
+        "most of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the floor"
     ]
 
 

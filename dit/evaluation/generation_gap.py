@@ -59,11 +59,11 @@ class Gap:
     def compare(
         self, reference: Mapping[str, Statistics], originals: Mapping[str, Statistics], generated: Sequence[dict]
     ) -> dict[str, Any]:
-        """{"gap": {network: {decoder: ...}}, "latent_noise": {network: {decoder: a line a level}}}.
+        """{"gap": {network: {decoder: ...}}, "latent_noise": {network: {decoder: one line per level}}}.
 
-        reference, originals: statistics a network of the gFID reference and of the held-out images; generated: the rows
-        of the result. rfid is to the originals; as the bias of so few images differs from that of gfid, the gap is also
-        given with the reconstructions held against the same reference, and in KID, which has no bias.
+        reference, originals: statistics per network of the gFID reference and of the held-out images; generated: the
+        rows of the result. rfid is to the originals; as the bias of so few images differs from that of gfid, the gap is
+        also given with the reconstructions held against the same reference, and in KID, which has no bias.
         """
         for image_set in self.sets.values():
             image_set.finish()

@@ -57,7 +57,7 @@ class Sweep:
         return image_set
 
     def compare(self, reference: Mapping[str, Statistics]) -> list[dict[str, Any]]:
-        """A line a setting: {cfg_scale, steps, n, distances: {decoder: {network: scores}}}; writes sweep.svg."""
+        """One line per setting: {cfg_scale, steps, n, distances: {decoder: {network: scores}}}; writes sweep.svg."""
         lines = []
         for setting in self.settings:
             distances: dict[str, dict[str, Any]] = {row.name: {} for row in self.rows}
@@ -77,7 +77,7 @@ class Sweep:
 
 
 def plot(lines: Sequence[dict[str, Any]]) -> bytes:
-    """Frechet distance against guidance (a curve a decoder and step count) and against steps, a row a network: SVG."""
+    """SVG of Frechet distance against guidance (one curve per decoder and step count) and steps; one row per network."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -72,7 +72,7 @@ def _sweep(lines: list[dict[str, Any]], network: str) -> str:
         + [_number(scores[network]["frechet"], 3) for scores in line["distances"].values()]
         for line in lines
     ]
-    return _aligned(f"g{_distance(network)} of {lines[0]['n']} samples a setting", header, rows)
+    return _aligned(f"g{_distance(network)} of {lines[0]['n']} samples per setting", header, rows)
 
 
 def _distance(network: str) -> str:

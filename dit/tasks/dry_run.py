@@ -20,7 +20,7 @@ from ssdd.losses.objective import weighted_sum
 
 
 def dry_run(cfg: DiTConfig) -> dict[str, Any]:
-    """Print and return parameters, GFLOP a latent, memory, seconds a step and hours in all; nothing is written.
+    """Print and return parameters, GFLOP per latent, memory, seconds per step and total hours; nothing is written.
 
     Of several processes each measures its own share, without what they would exchange, and as if training.fsdp=false.
     """
@@ -69,7 +69,7 @@ def dry_run(cfg: DiTConfig) -> dict[str, Any]:
     }
     if processes.is_main:
         print(f"parameters: {result['parameters'] / 1e6:.2f} M, latents {' x '.join(map(str, cache.latent_shape))}")
-        print(f"GFLOP a training latent: {result['gflop_latent']:.2f}")
-        print(f"memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB for {rows} latents a process and part")
-        print(f"time: {step_seconds:.3f} s a step, {training.steps} steps, {result['hours']:.2f} hours")
+        print(f"GFLOP per training latent: {result['gflop_latent']:.2f}")
+        print(f"memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB for {rows} latents per process and part")
+        print(f"time: {step_seconds:.3f} s per step, {training.steps} steps, {result['hours']:.2f} hours")
     return result

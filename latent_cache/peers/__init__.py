@@ -1,1 +1,1 @@
-"""Caches of other repositories, one module a format: what `export` writes, `import` reads."""
+"""Caches of other repositories, one module per format: what `export` writes, `import` reads."""

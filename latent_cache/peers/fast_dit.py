@@ -1,9 +1,9 @@
-"""fast-DiT: a .npy file a latent and one a label, by number.
+"""fast-DiT: one .npy file per latent and one per label, by number.
 
     imagenet256_features/{i}.npy  float32 (1, C, h, w): a posterior sample times 0.18215, about unit variance
     imagenet256_labels/{i}.npy    int64 (1,)
 
-That code trains on the values as they are, so an export holds normalised latents. One view an image.
+That code trains on the values as they are, so an export holds normalised latents. One view per image.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MAR: a tree like an image folder's, with an .npz file an image.
+"""MAR: a tree like an image folder's, with one .npz file per image.
 
     CLASS/NUMBER.npz  moments, moments_flip: float32 (2C, h, w), raw: means, then log variances
 

@@ -1,9 +1,9 @@
-"""REPA and edm2: a .npy file an image with the mean and deviation of its posterior, and the labels in one file.
+"""REPA and edm2: one .npy file per image with the mean and deviation of its posterior, and the labels in one file.
 
     XXXXX/img-mean-std-XXXXXXXX.npy  float32 (2C, h, w), raw: means, then deviations; the folder is number // 1000
     dataset.json                     {"labels": [[file, class], ...]}
 
-The trainer draws samples and scales them. One view an image.
+The trainer draws samples and scales them. One view per image.
 """
 
 from __future__ import annotations

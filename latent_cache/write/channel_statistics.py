@@ -13,7 +13,7 @@ from ssdd.model.latent import LatentNorm
 
 @dataclass
 class ChannelStatistics:
-    """Mean, squared deviation and posterior variance of C channels over `images` latents, `values` numbers a channel.
+    """Mean, squared deviation and posterior variance of C channels over `images` latents, `values` numbers per channel.
 
     Everything but the counts is float64 [C]: `mean` of the posterior means, `squares` = sum of (mean - `mean`)^2, and
     `noise` = sum of sigma^2 (0 where only means are stored). Merging follows Chan, Golub and LeVeque (1983).

@@ -49,7 +49,7 @@ def dry_run(cfg: BuildConfig) -> str:
         "shards": f"{len(folder.jobs)} of {cfg.samples_per_shard} or fewer",
         "size": f"{size} bytes of shards; {folder.bytes_while_building()} bytes while it is built, "
         f"{_free(folder.root)} are free",
-        "GFLOP": f"{gflop * views:.2f} an image" + (" (both views)" if views > 1 else ""),
+        "GFLOP": f"{gflop * views:.2f} per image" + (" (both views)" if views > 1 else ""),
         "time": f"{hours:.3g} hours on {processes.world} process{'es' * (processes.world > 1)} ({device.type}, "
         f"{cfg.threads} thread{'s' * (cfg.threads > 1)}): {reading * 1e3:.3g} ms to read an image, "
         f"{encoding * 1e3:.3g} ms to encode it; {workers} workers read",

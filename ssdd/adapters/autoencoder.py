@@ -91,14 +91,14 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
 
     encoder, decoder: as `SSDD` takes them, but for modules; checkpoint: weights for both, a reference as for `SSDD`.
     steps, t_pow_shift: the decoder's sampling; one step is for distilled decoders.
-    z_mean, z_std: statistics of the raw latents, one number a channel; None for 0 and 1.
+    z_mean, z_std: statistics of the raw latents, one number per channel; None for 0 and 1.
     scaling_factor: what calling code multiplies latents by.
     license: of the weights, where it is not known from `checkpoint`; kept in saved configs.
     noise_seed: noise of decodes without `noise` and `generator`, equal for all images (`ssdd.adapters.decoder_noise`).
 
     `config` has these and, as code for AutoencoderKL reads them: latent_channels, block_out_channels (only its length
     means something: the stride is 2 ** (length - 1)), latents_mean = 0 and latents_std = 1 (the public latents are
-    normalised already), shift_factor = 0. UserError as `SSDD`, and for statistics that are not one number a channel.
+    normalised already), shift_factor = 0. UserError as `SSDD`, and for statistics that are not one number per channel.
     """
 
     config_name = "config.json"

@@ -15,8 +15,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 class StopRequest:
     """Within its context, SIGTERM and SIGUSR1 do not kill but ask the loop to checkpoint and end.
 
-    Every process calls `agreed()` once a step. It is true in all processes at the same step, whichever of them got the
-    signal: the answer is the one that was reduced, on the CPU, while the step before was running.
+    Every process calls `agreed()` once per step. It is true in all processes at the same step, whichever of them got
+    the signal: the answer is the one that was reduced, on the CPU, while the step before was running.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ def seed_of(*parts: int | str) -> int:
 def batch_generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """Generator on `device` seeded with `seed_of(*parts)`.
 
-    Training draws for the whole global batch from one such generator a step, and every process keeps its own rows, so
+    Training draws for the whole global batch from one such generator per step, and every process keeps its own rows, so
     that a run does not depend on the number of processes.
     """
     return torch.Generator(device=device).manual_seed(seed_of(*parts))

@@ -16,7 +16,7 @@ from ssdd.engine.files import plain, read_json, remove_leftovers, write_json
 
 
 class Chunks:
-    """A folder with a safetensors file a chunk of `size` samples, all made for the same `request` (JSON values)."""
+    """A folder with one safetensors file per chunk of `size` samples, all made for the same `request` (JSON values)."""
 
     def __init__(self, folder: Path, request: dict[str, Any], count: int, size: int):
         self.folder, self.request, self.count = folder, plain(request), count

@@ -39,7 +39,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 def count_flop(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """FLOP (two a multiply-add) of the matrix products, convolutions and attentions of `loss` and its gradient.
+    """FLOP (two per multiply-add) of the matrix products, convolutions and attentions of `loss` and its gradient.
 
     Computes both once, leaving `.grad` alone; before the network is compiled or wrapped.
     """
@@ -57,7 +57,7 @@ def count_forward_flop(forward: Callable[[], object]) -> int:
 
 
 def peak_flops(device: torch.device, precision: str, calls: int = 3) -> float | None:
-    """FLOP a second that the device can do in `precision` (no, bf16, fp16), or None where that is not known.
+    """FLOP per second that the device can do in `precision` (no, bf16, fp16), or None where that is not known.
 
     GPUs: data sheets, for half precision only, since float32 training mixes units (TF32 and others) of different peaks.
     CPUs: what a matrix product of 1024 rows reaches here and now, the best of some calls.
@@ -71,7 +71,7 @@ def peak_flops(device: torch.device, precision: str, calls: int = 3) -> float | 
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, side: int = 1024, calls: int = 3) -> float:
-    """FLOP a second of a product of two square matrices; not of zeros or ones, which cost a GPU less power."""
+    """FLOP per second of a product of two square matrices; not of zeros or ones, which cost a GPU less power."""
     matrix = torch.linspace(-1, 1, side * side, device=device).to(dtype).view(side, side)
     return 2 * side**3 / seconds_a_call(device, lambda: matrix @ matrix, calls)
 
@@ -91,7 +91,7 @@ def seconds_a_call(device: torch.device, work: Callable[[], object], calls: int 
 class Throughput:
     """Speed since the last line of the log; nothing here waits for the device but `paused`.
 
-    batch_size: images a step, of all processes together. flop: of one image, forward and backward; recomputed
+    batch_size: images per step, of all processes together. flop: of one image, forward and backward; recomputed
     activations are not counted, as usual for model FLOP utilisation (Chowdhery et al. 2022, appendix B).
     """
 

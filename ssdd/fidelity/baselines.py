@@ -13,7 +13,7 @@ ROWS = 2048  # images that are float64 at a time
 
 
 class PixelPCA:
-    """Principal components of training images (uint8 [n, 3, H, W]): as many numbers an image as a latent has."""
+    """Principal components of training images (uint8 [n, 3, H, W]): as many numbers per image as a latent has."""
 
     def __init__(self, images: Tensor, numbers: int):
         from sklearn.decomposition import PCA
@@ -36,7 +36,7 @@ class PixelPCA:
 
 
 def classwise_gaussian_samples(pca: PixelPCA, images: Tensor, labels: Tensor, wanted: Tensor, seed: int) -> Tensor:
-    """Samples of the classes `wanted` (int64 [m]): one Gaussian a class in PCA space, fitted to the training images."""
+    """Samples of the classes `wanted` (int64 [m]): one Gaussian per class in PCA space, fitted to training images."""
     codes = pca.encode(images)
     samples = np.empty((len(wanted), codes.shape[1]))
     for label in wanted.unique().tolist():

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(cfg: FidelityConfig) -> dict[str, Any]:
-    """Measure every set once a network and compare it with the last one; returns what goes to `out`."""
+    """Measure every set once per network and compare it with the last one; returns what goes to `out`."""
     if len(cfg.sets) < 2:
         raise UserError("give two sets or more, the reference last: python scripts/fidelity.py SAMPLES REFERENCE")
     if len(set(cfg.sets)) < len(cfg.sets):
@@ -152,7 +152,7 @@ def _beside(cfg: FidelityConfig, samples: Statistics, reference: Statistics) -> 
 def _few_images(network: FeatureNetwork, sets: dict[str, Statistics], names: list[str]) -> list[str]:
     needed = IMAGES_A_DIMENSION * network.dim
     return [
-        f"{name}: {sets[name].count} images are fewer than {IMAGES_A_DIMENSION} a dimension of {network.name} "
+        f"{name}: {sets[name].count} images are fewer than {IMAGES_A_DIMENSION} per dimension of {network.name} "
         f"({needed}), so most of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the "
         "floor"
         for name in names
@@ -166,7 +166,7 @@ def check_decision(by: str, counts: list[int | None], networks: list[FeatureNetw
     if by == "frechet" and (None in counts or len(set(counts)) > 1 or min(counts) < needed):
         raise UserError(
             f"decide=frechet: raw Frechet distances of {', '.join(str(count) for count in counts)} images decide "
-            f"nothing: their bias does. That takes equal counts of at least {needed} ({IMAGES_A_DIMENSION} a "
+            f"nothing: their bias does. That takes equal counts of at least {needed} ({IMAGES_A_DIMENSION} per "
             "dimension). Use decide=kid"
         )
 
@@ -191,7 +191,7 @@ def decide(
 
 
 def table(result: dict[str, Any]) -> str:
-    """How each set was treated, then a block of lines a network and set."""
+    """How each set was treated, then a block of lines per network and set."""
     lines = []
     for name, described in (*result["sets"].items(), ("reference", result["reference"])):
         lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in described.items() if key != "path"))

@@ -17,7 +17,7 @@ from ssdd.fidelity.moments import FeatureStatistics, Statistics
 from ssdd.fidelity.neighbours import precision_recall
 
 PRECISION_REFERENCES = 10_000  # real images of precision and recall, as in ADM's evaluator
-KERNEL_IMAGES = 10_000  # of a set at most, in a KID over all pairs: its bootstrap takes n^2 memory traffic a resample
+KERNEL_IMAGES = 10_000  # of a set at most, in a KID over all pairs: its bootstrap takes n^2 memory traffic per resample
 IMAGES_A_DIMENSION = 10  # below this a Frechet distance is mostly bias and decides nothing
 
 

@@ -26,7 +26,7 @@ def shuffled_splits(count: int, splits: int = 10, seed: int = 2020) -> Tensor:
 
 
 class InceptionScore:
-    """Collects class logits over batches and processes, each image index once, as float64 sums a split.
+    """Collects class logits over batches and processes, each image index once, as float64 sums per split.
 
     splits: int64 [n], the split of each image index; None: index // 5000.
     """

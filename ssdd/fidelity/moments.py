@@ -75,7 +75,7 @@ class FeatureStatistics:
         self.dim = dim
         self.keep_features = keep_features
         self._reduced = False
-        self._seen = SeenIndices()  # one a row of `_features`
+        self._seen = SeenIndices()  # one per row of `_features`
         self._features: list[Tensor] = []
         self._moments = _Moments(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
 

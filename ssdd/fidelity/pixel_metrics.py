@@ -36,7 +36,7 @@ def pooled_psnr(mean_mse: float) -> float:
 
 
 def fine_power(images: Tensor) -> Tensor:
-    """Power of uint8 images [n, C, H, W] above a quarter of a cycle a pixel, float64 [n], in grey levels squared.
+    """Power of uint8 images [n, C, H, W] above a quarter of a cycle per pixel, float64 [n], in grey levels squared.
 
     The mean over channels and the discrete frequencies with max(|fx|, |fy|) > 1/4. A reconstruction with less of it
     than its original is blurred, one with more is noisy.

@@ -78,7 +78,7 @@ def open_shards(root: str, split: str, cache_dir: str | None = None) -> tuple[Sh
 
     root: a folder or URL with `train/*.tar` and `val/*.tar`, or a brace pattern of shards whose names say their split,
     such as `URL/{train-{0000..1023},val-{00..63}}.tar`. A sample is `{key}.jpg|jpeg|png|webp` with `{key}.cls`, or
-    `{key}.json` with "label". `classes.txt` beside it has a name a line; without it the classes are those of the
+    `{key}.json` with "label". `classes.txt` beside it has one name per line; without it the classes are those of the
     split, called by their numbers.
     cache_dir: folder of copies of remote shards, and of indices. UserError for all that is missing or malformed.
     """
@@ -145,7 +145,7 @@ def _class_names(folder: RemoteFolder) -> list[str]:
     except MissingFile:
         return []
     except UnicodeDecodeError as error:
-        raise UserError(f"{folder.where('classes.txt')}: expected a class name a line, in UTF-8 ({error})") from None
+        raise UserError(f"{folder.where('classes.txt')}: expected a UTF-8 class name per line ({error})") from None
 
 
 def _open_shard(folder: RemoteFolder, name: str, place: Path) -> tuple[Path, list[Entry]]:

@@ -69,7 +69,7 @@ class DatasetConfig:
 class ImageSource:
     """One split of labelled RGB images.
 
-    name: source name; split: train or val; labels: int64 [n]; class_names: one name a class;
+    name: source name; split: train or val; labels: int64 [n]; class_names: one name per class;
     flip: whether a mirror image is a valid image; pictures: reads image number i.
     """
 

@@ -23,7 +23,7 @@ from ssdd.images.dataset import ImageDataset
 from ssdd.model.tokenizer import SSDD
 
 SHARD = 64
-"""Images a shard, and in a batch of the teacher: the last bits depend on batches, so they are fixed."""
+"""Images per shard, and per batch of the teacher: the last bits depend on batches, so they are fixed."""
 
 
 class TargetStore:

@@ -41,7 +41,7 @@ class WindowGeometry:
     tiles: tuple[int, int]
     """Number of query tiles down and across."""
     tile: tuple[int, int]
-    """Queries a tile, down and across."""
+    """Queries per tile, down and across."""
     halo: int
     """Keys beyond the tile on each side."""
     bands: tuple[Band, ...]

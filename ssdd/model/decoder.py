@@ -34,7 +34,7 @@ class DecoderSize:
     heads: int | None = None
     """Attention heads; None takes min(16, max(4, D // 64)) for a middle of D channels."""
     groups: int = 32
-    """Groups of every group norm; the published sizes keep 32, our small one at least 64 values a group."""
+    """Groups of every group norm; the published sizes keep 32, our small one at least 64 values per group."""
     init_std: float | None = 0.02
     """Deviation of the convolutions at the start; None takes fan_in^-1/2, which narrow layers need to pass a signal."""
 
@@ -138,7 +138,7 @@ class MiddleBlock(nn.Module):
 
 @dataclass
 class MiddleCondition:
-    """z-dependent part of the transformer: one modulation and one attention bias a block."""
+    """z-dependent part of the transformer: one modulation and one attention bias per block."""
 
     geometry: WindowGeometry
     modulations: list[Tensor]

@@ -85,7 +85,7 @@ def step_lengths(grid: Sequence[float]) -> list[float]:
 
 
 def euler(velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callback | None = None) -> Tensor:
-    """First-order solver: x <- x + v(x, t_i) (t_i - t_{i+1}) along `grid`; one evaluation a step.
+    """First-order solver: x <- x + v(x, t_i) (t_i - t_{i+1}) along `grid`; one evaluation per step.
 
     The state stays in float32 whatever the network's dtype. `callback(i, x)` sees the state after step i. Times are
     numbers of the host: on a GPU each becomes a fill kernel, so that no step waits for the device.

@@ -24,7 +24,7 @@ from ssdd.model.norms import (
 )
 
 CACHED_VALUES = 1 << 20
-"""Float32 maps of more values an image do not stay in the caches of a CPU."""
+"""Float32 maps of more values per image do not stay in the caches of a CPU."""
 
 
 class TimeEmbedding(nn.Module):
@@ -151,7 +151,7 @@ class Upsample(nn.Module):
     def _phase_weights(self) -> Tensor:
         """[4 C, C, 2, 2]: what the kernel is to pixels of even and odd row and column, each of which sees 2 x 2 of x.
 
-        On the doubled grid, taps that fall on the same pixel of x are one: 16 instead of 36 products a pixel of x.
+        On the doubled grid, taps that fall on the same pixel of x are one: 16 instead of 36 products per pixel of x.
         """
 
         def halves(weight: Tensor, axis: int) -> Tensor:  # even: [w0, w1 + w2], odd: [w0 + w1, w2]

@@ -22,7 +22,7 @@ from ssdd.tasks.build import build_discriminator, build_objective, build_tokeniz
 
 
 def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
-    """Print and return parameters, GFLOP an image, memory, seconds a step and hours in all; nothing is written."""
+    """Print and return parameters, GFLOP per image, memory, seconds per step and total hours; nothing is written."""
     processes = Processes.join()
     device, world = processes.device, processes.world
     precision = Precision.resolve(cfg.training.mixed_precision, device)
@@ -81,7 +81,7 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
     if processes.is_main:
         counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in result["parameters"].items())
         print(f"parameters: {counts}")
-        print(f"GFLOP an image: encode {result['gflop_encode']:.1f}, decode step {result['gflop_decode_step']:.1f}")
-        print(f"memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB for {rows} images a process and part")
-        print(f"time: {step_seconds:.3f} s a step, {steps} steps, {result['hours']:.2f} hours without evaluations")
+        print(f"GFLOP per image: encode {result['gflop_encode']:.1f}, decode step {result['gflop_decode_step']:.1f}")
+        print(f"memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB for {rows} images per process and part")
+        print(f"time: {step_seconds:.3f} s per step, {steps} steps, {result['hours']:.2f} hours without evaluations")
     return result

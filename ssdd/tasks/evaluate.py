@@ -70,7 +70,7 @@ class Evaluation:
 
         Returns {"count", "rows": [{name, steps, PSNR (mean of the images'), PSNR_pooled (of all their pixels), SSIM,
         MSE (times 1000), MAE, perceptual distances, rFID where Inception is, power_ratio (of frequencies above 1/4
-        cycle a pixel, to the originals'), images_per_s, distances: {network: scores}}], "floor": {network: scores},
+        cycle per pixel, to the originals'), images_per_s, distances: {network: scores}}], "floor": {network: scores},
         "paired": {network: KID differences}, "pictures": name -> uint8 images}. Frechet distances are to the originals
         (rFID); with `reals`, KID, precision and recall are to as many training images, and the floor has what the
         originals themselves score against those.

@@ -53,7 +53,7 @@ class Gallery:
 
 
 def generation_gallery(evaluation: Evaluation, decoders: Sequence[str]) -> Gallery | None:
-    """A card a class: the same latents through the decoders, and each one's difference to the first."""
+    """One card per class: the same latents through the decoders, and each one's difference to the first."""
     shown = evaluation.result.get("shown", [])
     if not shown:
         return None
@@ -73,7 +73,7 @@ def generation_gallery(evaluation: Evaluation, decoders: Sequence[str]) -> Galle
 
 
 def reconstruction_gallery(evaluation: Evaluation) -> Gallery | None:
-    """A card a decoder or baseline: originals, reconstructions, and their difference."""
+    """One card per decoder or baseline: originals, reconstructions, and their difference."""
     path = picture(evaluation, ORIGINALS)
     if not path.is_file():
         return None

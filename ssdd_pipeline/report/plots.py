@@ -140,7 +140,7 @@ def quality_plots(evaluation: Evaluation, network: str, name: str) -> list[Plot]
     if len(rows) > 1 and all(row.get("images_per_s") for row in rows):
         caption = f"{distance} of {whose} against decoding time{intervals}, {told}."
         across = curves(lambda row: 1000 / row["images_per_s"])
-        plots.append(draw(f"{name}-time", caption, across, "decoding time, ms an image", label, floor, xscale="log"))
+        plots.append(draw(f"{name}-time", caption, across, "decoding time, ms per image", label, floor, xscale="log"))
     return plots
 
 
@@ -178,7 +178,7 @@ def sweep_plots(evaluation: Evaluation, network: str, name: str) -> list[Plot]:
                 told = f"{decoder}, {'guidance' if other == 'cfg_scale' else 'steps'} {value:g}"
                 curves.append(Curve(told, points, place, MARKERS[i % len(MARKERS)]))
         distance = f"g{distance_name(network)}"
-        caption = f"{distance} of {lines[0]['n']} samples a point against {label}, features {short(network)}."
+        caption = f"{distance} of {lines[0]['n']} samples per point against {label}, features {short(network)}."
         plots.append(draw(f"{name}-sweep-{x}", caption, curves, label, distance))
     return plots
 

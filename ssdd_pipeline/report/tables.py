@@ -212,7 +212,7 @@ def _cell(values: dict[str, Any], key: str, digits: int) -> Cell:
 
 
 def summary(reconstruction: Evaluation, generation: Evaluation, hidden: set[str]) -> str:
-    """Both evaluations of a pipeline in one table a network, as text. hidden: rows that only the curves need."""
+    """Both evaluations of a pipeline in one table per network, as text. hidden: rows that only the curves need."""
     r, g = reconstruction.result, generation.result
     reconstructed, generated = ({row["name"]: row for row in result["rows"]} for result in (r, g))
     counts = f"{r['count']} reconstructed and {g['count']} generated images"

@@ -213,7 +213,7 @@ def test_a_dry_run_counts_and_measures_without_writing(settings, tmp_path, capsy
     assert result["hours"] == pytest.approx(100 * result["seconds_a_step"] / 3600)
     # 16 tokens pass every matrix of the blocks, twice as much work comes back, two FLOP a multiply-add
     assert result["gflop_latent"] > 3 * 2 * 16 * 4 * (4 + 8) * 128**2 / 1e9
-    assert "8 latents a process and part" in capsys.readouterr().out
+    assert "8 latents per process and part" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -156,7 +156,7 @@ def test_the_command_prints_a_table_and_writes_the_same_figures(moments, tmp_pat
     written = read_json(tmp_path / "stats.json")
     assert written == json.loads(json.dumps(figures(moments, split="val")))
     assert "60 latents of val, 2 x 2 x 2, moments" in page
-    assert f"{written['posterior']['bits_a_latent']:.5g} bits a latent" in page
+    assert f"{written['posterior']['bits_a_latent']:.5g} bits per latent" in page
     assert all(warning in page for warning in written["warnings"])
 
 

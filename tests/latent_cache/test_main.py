@@ -64,7 +64,7 @@ def test_a_dry_run_tells_the_size_that_the_build_then_has_and_writes_nothing(tok
     told = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [] and "nothing was written" in told
     assert "50 train, 50 val" in told and "8 of 16 or fewer" in told
-    assert float(re.search(r"([\d.]+) an image", told)[1]) == pytest.approx(encoder_gflop(tokenizer), abs=0.01)
+    assert float(re.search(r"([\d.]+) per image", told)[1]) == pytest.approx(encoder_gflop(tokenizer), abs=0.01)
     assert float(re.search(r"([\d.e+-]+) hours", told)[1]) > 0
     assert main(arguments) == 0
     found = sum(path.stat().st_size for path in cache.rglob("*.tar"))
