@@ -7,7 +7,7 @@ dit: a training step of our DiT beside one of diffusers' of the same shape: `dit
 pipeline: sampling from class to image with f16c4 latents and our one-step decoder beside f8c4 and AutoencoderKL.
 builder: a cache built from JPEG files beside the encoder alone.
 cache: latents per second of the cache's reader compared with other storage formats, and how long a training step waits
-for data.
+    for data.
 scaling: time and peak memory of one-step decodes and of local attention alone at growing sizes, in one process each.
 
 The first four take key=value, list their keys with --help, and write their results to a file with json=FILE.
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str]) -> int:
-    """The measurement's exit status; UserError for what the user can mend."""
+    """The measurement's exit status; UserError for what the user can correct."""
     if argv == ["scaling"]:
         return scaling()
     if argv == ["cache"]:

@@ -96,7 +96,7 @@ class Child:
 def serve(job: dict[str, Any]) -> int:
     """The child's side, until its input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not an answer
     device = bench_device()
 
     def answer(content: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def print_machine(device: torch.device) -> None:
 
 
 def _processor() -> str:
-    """The CPU's name as Linux tells it."""
+    """The CPU's name as recorded by Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -105,7 +105,7 @@ def split_by_interval(
 
     A step t_i -> t_{i+1} is inside when low < t_i <= high (as in Kynkäänniemi et al. 2024), for all evaluations
     of its solver; times compare as the float32 numbers that grids hold.
-    UserError when the interval is not one.
+    UserError when the interval is invalid.
     """
     low, high = interval
     if not 0.0 <= low <= high <= 1.0:

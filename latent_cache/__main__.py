@@ -139,7 +139,7 @@ def _info(cfg: InfoConfig) -> int:
         "size": f"{size / 1e6:.1f} MB",
         **{
             split: f"{entry['count']} samples in {len(entry['shards'])} shards"
-            + (f", {len(entry['skipped'])} unreadable images left out" if entry["skipped"] else "")
+            + (f", {len(entry['skipped'])} unreadable images skipped" if entry["skipped"] else "")
             for split, entry in manifest["splits"].items()
         },
     }

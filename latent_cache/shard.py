@@ -169,7 +169,7 @@ class Shard:
         return self.records[view][numbers].reshape(len(numbers), *self.layout.shape)
 
     def labels(self, numbers: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Class labels of samples number `numbers` of this shard: int64 [n]. UserError for one that is no number."""
+        """Class labels of samples number `numbers` of this shard: int64 [n]. UserError for one that is not a number."""
         try:
             return self.records["cls"][numbers].astype(np.int64)
         except ValueError as problem:

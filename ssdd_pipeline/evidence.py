@@ -74,7 +74,7 @@ class EvidenceConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train and evaluate what is missing, then print the table; 2 after an error that the user can mend."""
+    """Train and evaluate what is missing, then print the table; 2 after an error that the user can correct."""
     if argv is None:
         use_utf8()
     try:

@@ -23,7 +23,7 @@ POLL_S = 0.1  # between looks at the memory of a stage
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run or continue the pipeline: 2 after an error that the user can mend, 3 when stopped, or a failed stage's."""
+    """Run or continue the pipeline: 2 after an error that the user can correct, 3 when stopped, or a failed stage's."""
     from ssdd.engine.cli import parse
     from ssdd.engine.errors import UserError
     from ssdd.engine.locale_independence import use_utf8
@@ -175,9 +175,9 @@ def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, l
 
 
 def largest_peak(process: int) -> int:
-    """Peak memory in bytes of the largest among a process and its descendants, 0 where Linux does not tell.
+    """Peak memory in bytes of the largest among a process and its descendants, 0 where it is not recorded (not Linux).
 
-    Asked while it runs: what `wait4` tells afterwards begins with the peak of this process, which started it.
+    Asked while it runs: what `wait4` reports afterwards begins with the peak of this process, which started it.
     """
     from ssdd.engine.devices import resident_peak
 

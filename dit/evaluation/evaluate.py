@@ -69,7 +69,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     networks = load_networks(options.features, device)
     judge = SmallClassifier.load(options.classifier).to(device) if options.classifier else None
     if options.features and not networks:
-        raise UserError("no feature network has its weights on this machine; name one in evaluation.features")
+        raise UserError("no weights of a feature network were found; name one in evaluation.features")
     out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
     cache = Path(options.cache) if options.cache else Path(cfg.ckpt_dir) / "cache" / "statistics"
     of_real = Measuring(networks, processes, precision, options.batch_size, options.kept_features)

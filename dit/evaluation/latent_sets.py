@@ -93,7 +93,7 @@ def open_samples(cfg: DiTConfig, rows: Sequence[Row]) -> SampleSet:
 
 
 def images_behind(cfg: DiTConfig) -> dict | None:
-    """What the cache that the generator was trained on says of its images; None for files that tell nothing."""
+    """The record of the images in the cache that the generator was trained on; None for files without one."""
     if cfg.samples is not None:
         return read_json(Path(cfg.samples) / "sample_set.json").get("images")
     return sample.trained_on(generator_of(cfg)).get("images")

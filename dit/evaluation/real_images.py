@@ -1,4 +1,4 @@
-"""Real images as the other side of every distance: statistics of a split, or of anybody's reference, measured once."""
+"""Real images as the other side of every distance: statistics of a split, or of a given reference, measured once."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class RealImages:
 
 
 class ForeignReference:
-    """A reference that somebody else made, in the place of the training images.
+    """A reference made elsewhere, in place of the training images.
 
     UserError when it is a file of statistics of another network.
     """

@@ -77,7 +77,7 @@ class Sweep:
 
 
 def plot(lines: Sequence[dict[str, Any]]) -> bytes:
-    """SVG of Frechet distance against guidance (one curve per decoder and step count) and steps; one row per network."""
+    """SVG of Frechet distance against guidance (a curve per decoder and step count) and steps; a row per network."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -38,7 +38,7 @@ FORMATS = {"fast-dit": fast_dit, "lightningdit": lightningdit, "repa": repa}
 
 @dataclass
 class Origin:
-    """Where latents come from: as export.json tells it, or as far as the keys do."""
+    """Where latents come from: as recorded in export.json, or as far as the keys describe it."""
 
     tokenizer: dict
     dataset: dict

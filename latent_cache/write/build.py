@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def build(cfg: BuildConfig) -> dict:
     """Build the cache that `cfg` describes, continue building it, or find it finished; returns its manifest.
 
-    To be called by every process. UserError for anything that the caller can mend.
+    To be called by every process. UserError for anything that the caller can correct.
     """
     check(cfg)
     root = Path(cfg.out)
@@ -118,7 +118,7 @@ def _unreadable(source: ImageSource) -> list[int]:
             source.image(number)
         except UserError:
             found.append(number)
-            log.warning("left out unreadable image %s (%d so far)", source.where(number), len(found))
+            log.warning("skipped unreadable image %s (%d so far)", source.where(number), len(found))
     if len(found) == len(source):
         raise UserError(f"none of the {len(source)} images of {source.name} {source.split} can be read")
     return found

@@ -26,7 +26,7 @@ TIMED_BATCHES = 3
 def dry_run(cfg: BuildConfig) -> str:
     """A page of figures; nothing is written. UserError for what a build would refuse before its first image.
 
-    Unreadable images, which on_corrupt=skip leaves out, are counted here, since finding them means decoding all.
+    Unreadable images, which on_corrupt=skip skips, are counted here, since finding them means decoding all.
     """
     check(cfg)
     processes = Processes.join(cfg.device, patient=True)

@@ -85,7 +85,7 @@ def keep_newest(checkpoints: str | os.PathLike[str], count: int) -> None:
     named = ((STEP_NAME.fullmatch(path.name), path) for path in Path(checkpoints).glob("step-*"))
     steps = sorted((int(match[1]), path) for match, path in named if match)
     for _, path in steps[: max(0, len(steps) - count)]:
-        (path / STATE_FILE).unlink(missing_ok=True)  # from here on it is no checkpoint any more
+        (path / STATE_FILE).unlink(missing_ok=True)  # from here on it is not a checkpoint any more
         shutil.rmtree(path)
 
 

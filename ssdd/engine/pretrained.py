@@ -165,7 +165,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return read_torch_file(path)
     except Exception as problem:  # unpickling raises almost anything on a damaged file
         what = f"{type(problem).__name__}: {problem}"
-        raise UserError(f"{path} is no plain state dict ({what}). Fetch it again") from problem
+        raise UserError(f"{path} is not a plain state dict ({what}). Fetch it again") from problem
 
 
 def lookup(name: str) -> PretrainedWeights:

@@ -88,7 +88,7 @@ class RemoteFolder:
 
         try:
             return fsspec.core.url_to_fs(self.where(name) if name else self.url, **self.storage_options)
-        except (ImportError, ValueError) as error:  # a protocol whose package is missing, or that is none
+        except (ImportError, ValueError) as error:  # a protocol whose package is missing, or that does not exist
             raise UserError(f"can't read {self.url}: {error}") from None
 
     def _attempts(self, name: str, act: Callable[[], Result]) -> Result:
@@ -143,7 +143,7 @@ def cache_folder() -> Path:
 
 
 def _temporary_cache() -> Path:
-    """Refused where somebody else has made it: what lies there would be theirs."""
+    """Refused if another user has made it: its content would be theirs."""
     folder = Path(tempfile.gettempdir()) / f"ssdd-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():

@@ -115,7 +115,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Work that is no training (evaluations, pictures, checkpoints) and does not count."""
+        """Work that is not training (evaluations, pictures, checkpoints) and does not count."""
         synchronize(self.device)
         began = time.perf_counter()
         yield

@@ -298,5 +298,5 @@ def load_networks(names: Sequence[str], device: Any) -> list[FeatureNetwork]:
 
 
 def automatic_without_weights(names: Sequence[str]) -> list[str]:
-    """What "auto" among `names` leaves out on this machine."""
+    """Networks of "auto" among `names` whose weights are not found."""
     return [name for name in AUTOMATIC if "auto" in names and name not in names and not has(name)]

@@ -80,7 +80,7 @@ class FeatureStatistics:
         self._moments = _Moments(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
 
     def update(self, features: Tensor, indices: Tensor) -> None:
-        """Add float features [n, dim] of the images `indices` (int64 [n]); an index added before is left out."""
+        """Add float features [n, dim] of the images `indices` (int64 [n]); an index added before is ignored."""
         if features.ndim != 2 or features.shape != (len(indices), self.dim):
             raise ValueError(f"expected features [{len(indices)}, {self.dim}], got {tuple(features.shape)}")
         if self._reduced:

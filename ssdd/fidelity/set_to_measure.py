@@ -103,7 +103,7 @@ def _adm_file(path: Path, images: ImageSet | None) -> tuple[Statistics, dict[str
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
     except ValueError as problem:
-        raise UserError(f"{path}: mu and sigma are no plain arrays: {problem}") from problem
+        raise UserError(f"{path}: mu and sigma are not plain arrays: {problem}") from problem
     spatial = None
     if {"mu_s", "sigma_s"} <= set(arrays):
         spatial = _gaussian(path, arrays["mu_s"], arrays["sigma_s"])
@@ -121,7 +121,7 @@ def _torch_fidelity_file(path: Path) -> tuple[Statistics, dict[str, Any]]:
             file = read_torch_file(path)
         mu, sigma = file["mu"], file["sigma"]
     except Exception as problem:  # unpickling raises almost anything on a foreign file
-        raise UserError(f"{path} is no statistics file of torch-fidelity (mu, sigma): {problem}") from problem
+        raise UserError(f"{path} is not a statistics file of torch-fidelity (mu, sigma): {problem}") from problem
     return _gaussian(path, mu, sigma), _foreign_provenance(path, None)
 
 
@@ -140,10 +140,10 @@ def _gaussian(path: Path, mean: Any, cov: Any) -> Statistics:
     try:
         mean, cov = (torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in (mean, cov))
     except (TypeError, ValueError) as problem:
-        raise UserError(f"{path}: mu and sigma are no numbers: {problem}") from problem
+        raise UserError(f"{path}: mu and sigma are not numbers: {problem}") from problem
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not _finite(mean, cov):
         raise UserError(
-            f"{path}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} are no finite mean and covariance"
+            f"{path}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} are not a finite mean and covariance"
         )
     return Statistics(None, mean, cov)
 

@@ -1,4 +1,4 @@
-"""Anyone's sets of images, as they lie on a disk: image files of any sizes, WebDataset shards, ADM's npz of samples.
+"""Stored sets of images of any origin: image files of any sizes, WebDataset shards, ADM's npz of samples.
 
 Images come as stored 8-bit RGB pixels. A set says how they were treated: counts of files by format and size, and the
 named crop. Sets that were treated differently are not comparable (a resize or JPEG moves an FID), and

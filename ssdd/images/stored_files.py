@@ -51,12 +51,12 @@ def decode_rgb(file: Path | BinaryIO, where: str) -> Image.Image:
     except Exception as problem:  # a damaged file makes the decoders raise almost anything
         raise UserError(
             f"can't read the image {where}: {_reason(problem)}. "
-            "Replace or remove the file, or set dataset.on_corrupt=skip to leave such images out"
+            "Replace or remove the file, or set dataset.on_corrupt=skip to skip such images"
         ) from problem
 
 
 def stored_as(file: Path | BinaryIO, where: str) -> tuple[str, int, int]:
-    """(format and mode, width, height) that the picture's header tells; errors as of `decode_rgb`."""
+    """(format and mode, width, height) from the picture's header; errors as of `decode_rgb`."""
     try:
         with _opened(file) as image:
             return f"{image.format} {image.mode}", *image.size

@@ -185,7 +185,7 @@ def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, 
 
 
 def automatic_without_weights(names: Sequence[str]) -> list[str]:
-    """Perceptual metrics that "auto" among `names` leaves out on this machine."""
+    """Perceptual metrics of "auto" among `names` whose weights are not found."""
     return [name for name in PERCEPTUAL_METRICS if "auto" in names and name not in names and not _is_here(name)]
 
 

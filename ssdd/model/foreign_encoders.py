@@ -1,4 +1,4 @@
-"""Frozen networks from elsewhere: any diffusers AutoencoderKL, SD-VAE among them, or an encoder of the user's."""
+"""Frozen networks from elsewhere: any diffusers AutoencoderKL, SD-VAE among them, or an encoder given by the user."""
 
 from __future__ import annotations
 

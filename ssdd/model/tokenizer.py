@@ -244,11 +244,11 @@ class SSDD(nn.Module):
         """From a folder, a weights file or a run name; files of ours carry their configuration.
 
         Keyword arguments replace entries of that configuration. Without one, as in an official SSDD file, encoder and
-        decoder are told from names and shapes. strict=False loads the tensors that fit and logs the rest.
+        decoder are inferred from names and shapes. strict=False loads the tensors that fit and logs the rest.
         """
         if unknown := set(overrides) - set(CONFIG_KEYS) - {"encoder_train", "posterior_std"}:
             raise UserError(
-                f"from_pretrained: {', '.join(sorted(unknown))} is no option of a tokenizer that has weights"
+                f"from_pretrained: {', '.join(sorted(unknown))}: unknown option of a tokenizer with weights"
             )
         path = resolve(str(reference), ckpt_dir)
         weights, metadata = read_weights(path)

@@ -69,7 +69,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path,
 def options_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """{"encoder": ..., "decoder": ...} as `SSDD` takes them, read off the names and shapes of official or our tensors.
 
-    What cannot be told is missing.
+    What cannot be inferred is missing.
     """
     found: dict[str, Any] = {}
     prefix = "" if "out_proj.weight" in weights and "mid.attn_1.q.weight" in weights else "encoder."

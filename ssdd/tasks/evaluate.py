@@ -62,7 +62,7 @@ class Evaluation:
         self.left_out += perceptual.automatic_without_weights(metrics)
         self._fell_back = False
         if self.left_out and processes.is_main:
-            log.warning("no weights on this machine, so left out: %s", ", ".join(self.left_out))
+            log.warning("skipped (weights not found): %s", ", ".join(self.left_out))
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], baselines: bool = False, reals: bool = False) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class StageRow:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the page; 2 for an error that the user can mend."""
+    """Write the page; 2 for an error that the user can correct."""
     if argv is None:
         use_utf8()
     argv = sys.argv[1:] if argv is None else argv
@@ -149,7 +149,7 @@ def findings(evaluation: Evaluation, pair: Sequence[str]) -> list[str]:
             said.append(f"KID on {short(network)} decides nothing here: the network was a training loss.")
             continue
         closer = verdict(a, b, difference)
-        what = "not told apart from" if closer is None else "better than" if closer == a else "worse than"
+        what = "not distinguishable from" if closer is None else "better than" if closer == a else "worse than"
         interval = f"{difference['kid']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
         said.append(f"{a} is {what} {b} by KID on {short(network)}: paired difference {interval}.")
     rates = {row["name"]: row.get("images_per_s") for row in evaluation.result["rows"]}

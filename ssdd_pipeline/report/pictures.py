@@ -21,7 +21,7 @@ LARGEST = 80  # side of a thumbnail; smaller images are shown pixel for pixel
 DECODERS, CLASSES = 4, 20  # shown at most
 LIMITS = (16, 32, 64, 128, 255)
 ORIGINALS = "originals"
-BLUE, RED = np.array([33, 102, 172]), np.array([178, 24, 43])  # darker, brighter; white is no difference
+BLUE, RED = np.array([33, 102, 172]), np.array([178, 24, 43])  # darker, brighter; white means no difference
 
 
 @dataclass(frozen=True)
