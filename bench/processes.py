@@ -1,4 +1,4 @@
-"""Networks measured in turn, each in a process of its own: its peak memory is its own, and other load hits all alike.
+"""Networks measured in turn, each in its own process: its peak memory is its own, and other load affects all equally.
 
 A child gets its job as JSON, prepares it and writes one line of JSON about it. Then, for every line it reads, it works
 once and answers with the seconds of each stage and its peak memory. Children start side by side, but never work so.

@@ -34,7 +34,7 @@ class ModelConfig:
     swiglu: bool = False
     """Gated MLP of as many parameters (LightningDiT)."""
     rope: bool = False
-    """Rotary embedding of row and column in the attention, beside the position table (LightningDiT)."""
+    """Rotary embedding of row and column in the attention, in addition to the position table (LightningDiT)."""
     wo_shift: bool = False
     """adaLN without shifts (LightningDiT)."""
     checkpoint: str | None = None

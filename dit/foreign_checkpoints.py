@@ -1,7 +1,7 @@
 """Checkpoints of facebookresearch/DiT, SiT, REPA and LightningDiT in, and ours out in their layout.
 
 The tensors need no conversion, for our names and shapes are theirs. What differs is what a network's time and output
-mean: that is kept as the model's `convention` (`dit.time_convention`), so that a loaded model samples with our
+mean: this is kept as the model's `convention` (`dit.time_convention`), so that a loaded model samples with our
 samplers.
 
 A file holds latents' scale nowhere: DiT, SiT and REPA model SD-VAE latents times 0.18215, LightningDiT those of
@@ -198,7 +198,7 @@ def _family(weights: Mapping[str, Tensor], record: Mapping[str, Any], path: Path
             return family
     raise UserError(
         f"{path} may be a noise predictor or a velocity field: the tensors of DiT, SiT and REPA have the same names, "
-        "and the file records no arguments. Say whose code trained it: family=dit, sit, repa or lightningdit "
+        "and the file records no arguments. Name the code that trained it: family=dit, sit, repa or lightningdit "
         "(task=sample: sampling.family=...)"
     )
 

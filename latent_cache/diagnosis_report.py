@@ -50,8 +50,8 @@ def warnings_of(result: dict[str, Any]) -> list[str]:
     if abs(worst["r"]) > CORRELATED:
         first, second = worst["channels"]
         found.append(
-            f"channels {first} and {second} correlate by {worst['r']:.2f}: they hold the same thing twice: take a "
-            "tokenizer with fewer channels, or raise the KL weight (losses.kl)"
+            f"channels {first} and {second} correlate by {worst['r']:.2f}: they hold the same information twice: use "
+            "a tokenizer with fewer channels, or raise the KL weight (losses.kl)"
         )
     return found
 

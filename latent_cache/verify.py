@@ -59,7 +59,7 @@ def _shard_problems(tar: Path, layout: ShardLayout, samples: range, entry: dict,
     try:
         Shard(tar, layout, samples)
         if read_json(sidecar) != entry:
-            yield f"{sidecar} is not what the manifest says: this shard belongs to another cache"
+            yield f"{sidecar} does not match the manifest: this shard belongs to another cache"
     except UserError as problem:
         yield str(problem)
         return

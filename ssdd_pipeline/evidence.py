@@ -1,4 +1,4 @@
-"""SSDD beside its baselines at equal data and time: `python scripts/evidence.py minutes=55`.
+"""SSDD compared with its baselines at equal data and time: `python scripts/evidence.py minutes=55`.
 
 One encoder is trained once and frozen. Then, for every seed: a teacher and the student distilled from it, and for the
 time that both took together one direct decoder (one step from noise to real images) and one KL-VAE decoder. Jobs run

@@ -179,7 +179,7 @@ def _check(options: EvaluationConfig) -> None:
 
 
 def _check_classes(classifier: SmallClassifier, samples: SampleSet, path: str) -> None:
-    """UserError if the network that says what class an image shows does not know all classes of the samples."""
+    """UserError if the classifier does not know all classes of the samples."""
     if (largest := int(samples.labels.max())) >= classifier.num_classes:
         raise UserError(
             f"evaluation.classifier={path} knows classes 0 to {classifier.num_classes - 1}, samples have label "
@@ -282,7 +282,7 @@ def _smaller_floor(held_out: RealImages | None, count: int) -> str | None:
         return None
     return (
         f"the floor is that of {len(held_out.dataset)} held-out images: its Frechet distances have more "
-        f"bias than those of {count} samples, and ratios to it flatter them"
+        f"bias than those of {count} samples, and ratios to it are too favourable"
     )
 
 

@@ -58,7 +58,7 @@ class SampleSet:
             return file.get_slice("z_n")[indices.start : indices.stop], torch.tensor(indices)
 
     def samples_per_s(self) -> float | None:
-        """How fast it was drawn, by all processes together; None for a set that does not say."""
+        """How fast it was drawn, by all processes together; None for a set that does not record it."""
         told = self.folder / "speed.json"
         return read_json(told)["samples_per_s"] if told.is_file() else None
 

@@ -1,4 +1,4 @@
-"""A set of images made chunk by chunk, and what feature networks say of it; resumable, and no image stays.
+"""A set of images made chunk by chunk, and its statistics on feature networks; resumable, no image is stored.
 
 A chunk file holds the networks' outputs of its images. From all of them, in the order of the chunks, come moments
 and kept features: the same bits on any number of processes, and however often the work was interrupted.
@@ -183,7 +183,7 @@ class ImageSetFolder:
         self.finished = True
 
     def statistics(self, network: FeatureNetwork) -> Statistics:
-        """What `network` says of the finished set."""
+        """Statistics of the finished set on `network`."""
         return load_statistics(self._statistics(list(self.measuring.networks).index(network)))[0]
 
     def figures(self) -> dict[str, Any]:

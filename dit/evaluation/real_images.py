@@ -69,7 +69,7 @@ class RealImages:
         return {name: load_statistics(path)[0] for name, path in self._files.items()}
 
     def describe(self) -> dict:
-        """What a result says of it."""
+        """What a result records of it."""
         return {"source": self.dataset.source.name, **self.identity}
 
 
@@ -103,7 +103,7 @@ class ForeignReference:
 def check_treatment(cfg: DiTConfig, made_of: dict | None, reference: ForeignReference | RealImages) -> str | None:
     """How samples and reference differ in crop or size, or None; UserError unless evaluation.allow_mismatch.
 
-    made_of: what the cache of the generator says of its images; files of other people say nothing.
+    made_of: what the cache of the generator records of its images; foreign files record nothing.
     """
     size = (cfg.dataset.im_size,) * 2
     samples = Treatment((made_of or {}).get("crop") or "unknown", size)

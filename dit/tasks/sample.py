@@ -183,7 +183,7 @@ def check_sampling(cfg: SamplingConfig) -> None:
     if cfg.sde_scale < 0 or not 0 < cfg.sde_last_step < 1:
         raise UserError("sampling.sde_scale must not be negative, and sampling.sde_last_step lies between 0 and 1")
     if cfg.guide and cfg.guide_scale == 1:
-        raise UserError(f"sampling.guide={cfg.guide} does nothing at sampling.guide_scale=1; 2 is a usual scale")
+        raise UserError(f"sampling.guide={cfg.guide} has no effect at sampling.guide_scale=1; 2 is a usual scale")
     split_by_interval([1.0, 0.0], tuple(cfg.cfg_interval))
 
 

@@ -77,7 +77,7 @@ def read_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as problem:
-        raise UserError(f"{path} can't be read as an array of numbers: {problem}; nothing in it was run") from None
+        raise UserError(f"{path} can't be read as an array of numbers: {problem}; nothing in it was executed") from None
 
 
 def checked_rows(path: Path, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def export(cfg: ExportConfig) -> str:
-    """Write the export, continue it, or find it finished; returns a line that says what is there.
+    """Write the export, continue it, or find it finished; returns a line that describes what is there.
 
     UserError for what the format needs and the cache lacks, for a folder in the way and for a disk too small.
     """

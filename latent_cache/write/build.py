@@ -71,7 +71,7 @@ def describe(cfg: BuildConfig, tokenizer: SSDD, sources: dict[str, ImageSource],
     if cfg.views.flip and not sources["train"].flip:
         raise UserError(
             f"views.flip=true, but a mirror image is not a valid image of {dataset.source}: leave it out, "
-            "or say dataset.flip=true if it is one"
+            "or set dataset.flip=true if it is one"
         )
     channels = tokenizer.z_dim * (2 if cfg.content == "moments" else 1)
     skipped = {split: _unreadable(source) if dataset.on_corrupt == "skip" else [] for split, source in sources.items()}

@@ -35,7 +35,7 @@ from ssdd.images.sources import SPLITS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-RETRY = "make room and run the same command again, it will go on"
+RETRY = "make room and run the same command again; it will continue"
 SHARD_FILE = re.compile(r"\d{6}\.(tar|json)")
 
 log = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ class FolderLock:
         except OSError as problem:
             if isinstance(problem, BlockingIOError):
                 raise
-            log.debug("this file system has no locks (%s): going on without", problem)
+            log.debug("this file system has no locks (%s): continuing without them", problem)
 
 
 @contextmanager

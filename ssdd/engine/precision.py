@@ -1,4 +1,4 @@
-"""Mixed precision: THE place that says which autocast a name means on a device, and why.
+"""Mixed precision: the one place that decides which autocast a name means on a device, and why.
 
 A `Precision` is a value that whoever computes is given. Nothing about it is kept for the process, so that tasks of any
 precision run one after the other in one process.
@@ -33,7 +33,7 @@ class Precision:
     def resolve(cls, name: str, device: torch.device | str, measuring: bool = False) -> Precision:
         """The precision that `mixed_precision=name` stands for on a device.
 
-        `auto` is what the environment variable SSDD_PRECISION says; without it float32 where figures are measured
+        `auto` takes the value of the environment variable SSDD_PRECISION; without it float32 where figures are measured
         (`measuring`), else bf16 where the device computes in it natively. UserError for fp16 on a device without a
         loss scaler, and for an unknown name.
         """
@@ -76,7 +76,7 @@ class Precision:
         return torch.amp.GradScaler(self.device.type if enabled else "cpu", enabled=enabled)
 
     def record(self) -> dict[str, str]:
-        """What results and manifests say: {"mixed_precision": name, "why": ...}, with the CPU's capability on CPUs."""
+        """As results and manifests record it: {"mixed_precision": name, "why": ...}, on CPUs with their capability."""
         told = {"mixed_precision": self.name, "why": self.why}
         return told | {"cpu": cpu_capability()} if self.device.type == "cpu" else told
 
@@ -85,7 +85,7 @@ class Precision:
 
 
 def forced_precision() -> str | None:
-    """What SSDD_PRECISION says that `auto` is, everywhere in this process and the ones it starts; None: nothing."""
+    """The value of SSDD_PRECISION, which replaces `auto` in this process and the ones it starts; None if unset."""
     forced = os.environ.get(VARIABLE, "")
     return None if forced in ("", "auto") else forced
 

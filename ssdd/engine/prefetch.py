@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
 
@@ -151,7 +151,7 @@ def download(name: str, weights: PretrainedWeights, part: Path) -> str:
             part.unlink()
             if not resumed:
                 raise UserError(
-                    f"{name}: what {weights.url} sends has sha256 {checksum}, expected {weights.checksum}; it was "
+                    f"{name}: the file from {weights.url} has sha256 {checksum}, expected {weights.checksum}; it was "
                     "deleted. A proxy may have answered instead of the server"
                 )
             problem = "the part that was there is damaged"
@@ -170,8 +170,8 @@ def download(name: str, weights: PretrainedWeights, part: Path) -> str:
         if attempt + 1 < ATTEMPTS:
             time.sleep(PAUSE * 2**attempt)
     raise UserError(
-        f"{name}: {weights.url} can't be had ({problem}). Is this machine connected, or does it need https_proxy? "
-        "The same command goes on from here"
+        f"{name}: {weights.url} can't be downloaded ({problem}). Is this machine connected, or does it need "
+        "https_proxy? The same command continues from here"
     )
 
 

@@ -55,7 +55,7 @@ class PretrainedWeights:
         return f"curl -L -o {self.filename} {self.url}"
 
     def is_at(self, path: Path) -> bool:
-        """Whether the file, or the folder with all its members, is there; says nothing of checksums."""
+        """Whether the file, or the folder with all its members, exists; checksums are not verified."""
         return all((path / member).exists() for member in self.members) if self.members else path.is_file()
 
 

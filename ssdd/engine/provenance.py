@@ -1,4 +1,4 @@
-"""What a measured figure says of its making: command, commit, date and machine."""
+"""The provenance of a measured figure: command, commit, date and machine."""
 
 from __future__ import annotations
 

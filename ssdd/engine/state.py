@@ -87,14 +87,14 @@ class TrainingState:
         )
 
     def headline(self, precision: Precision) -> str:
-        """The first line of the log; says so where the run goes on in another precision than before."""
+        """The first line of the log; notes when the run continues in another precision than before."""
         before = self.precision or precision.name
         self.precision = precision.name
         changed = "" if before == precision.name else f"; {before} until step {self.step}"
         return f"precision {precision}{changed}"
 
     def result(self, steps: int, batch_size: int, trained: Iterable[Tensor]) -> dict[str, Any]:
-        """What every training's result says of how far the run is and how fast it went; batch_size: of a step."""
+        """What every training result records: how far the run is and how fast it went; batch_size: of a step."""
         done = steps * batch_size
         return {
             "steps": steps,

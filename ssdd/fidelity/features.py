@@ -31,7 +31,7 @@ SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
 
 
 class Outputs(NamedTuple):
-    """What a feature network says of n images, float32."""
+    """Outputs of a feature network for n images, float32."""
 
     features: Tensor  # [n, dim]
     logits: Tensor | None = None  # [n, classes], for the Inception Score
@@ -78,7 +78,7 @@ class FeatureNetwork(nn.Module):
         return Outputs(*(None if part is None else part.float() for part in found))
 
     def provenance(self) -> dict[str, Any]:
-        """What a result must say of the network: name, dimensions, sha256 of the weights, resize."""
+        """What a result must record of the network: name, dimensions, sha256 of the weights, resize."""
         return {"network": self.name, "dim": self.dim, "checksum": self.checksum, "resize": self.resize}
 
     def train(self, mode: bool = True) -> FeatureNetwork:

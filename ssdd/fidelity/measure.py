@@ -101,7 +101,7 @@ class SetScores:
 
 
 class Collected:
-    """What one network says of one set: features, and moments of its spatial features and logits where it has them.
+    """Statistics of one set on one network: features, and moments of its spatial features and logits where it has them.
 
     keep: the features of all images (True), of none, or of those of these indices (int64 [n]) beside moments of all.
     """

@@ -18,7 +18,7 @@ from ssdd.engine.collectives import all_reduce_sum, float64_device, gather_rows
 class Statistics:
     """What a set of images looks like to a feature network.
 
-    count: images, None when a foreign file does not say; mean: float64 [dim]; cov: float64 [dim, dim], divided by
+    count: images, None when a foreign file does not record it; mean: float64 [dim]; cov: float64 [dim, dim], divided by
     count - 1; features: float32 [count, dim] sorted by image index, or None when only sums were kept;
     spatial: the same of feature maps (sFID), inception_score: (mean, deviation over splits), if the network has them.
     """

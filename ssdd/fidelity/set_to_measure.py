@@ -56,11 +56,11 @@ class SetToMeasure:
 
     @property
     def count(self) -> int | None:
-        """Images that the statistics are of, None when a foreign file does not say."""
+        """Images that the statistics are of, None when a foreign file does not record it."""
         return self._loaded[0].count if self._loaded else len(self.images)
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of the set, in JSON values."""
+        """What a result records of the set, in JSON values."""
         if self._loaded is None:
             return self.images.describe()
         return {"path": str(self.path), "statistics": self._loaded[1]}
@@ -70,7 +70,7 @@ class SetToMeasure:
     ) -> Statistics:
         """Statistics for `network`; with `cache` measured once. UserError as `check_network`.
 
-        ADM's file says nothing of its count, and its features are those of its 10 000 images.
+        ADM's file does not record its count, and its features are those of its 10 000 images.
         """
         if self._loaded is None:
             if cache is not None:

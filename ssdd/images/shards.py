@@ -76,9 +76,9 @@ class ShardedImages:
 def open_shards(root: str, split: str, cache_dir: str | None = None) -> tuple[ShardedImages, np.ndarray, list[str]]:
     """Pictures of one split, their labels int64 [n], and the class names: order of the shards' names, then of members.
 
-    root: a folder or URL with `train/*.tar` and `val/*.tar`, or a brace pattern of shards whose names say their split,
-    such as `URL/{train-{0000..1023},val-{00..63}}.tar`. A sample is `{key}.jpg|jpeg|png|webp` with `{key}.cls`, or
-    `{key}.json` with "label". `classes.txt` beside it has one name per line; without it the classes are those of the
+    root: a folder or URL with `train/*.tar` and `val/*.tar`, or a brace pattern of shards whose names contain their
+    split, such as `URL/{train-{0000..1023},val-{00..63}}.tar`. A sample is `{key}.jpg|jpeg|png|webp` with `{key}.cls`,
+    or `{key}.json` with "label". `classes.txt` beside it has one name per line; without it the classes are those of the
     split, called by their numbers.
     cache_dir: folder of copies of remote shards, and of indices. UserError for all that is missing or malformed.
     """
@@ -133,8 +133,8 @@ def _find(root: str, split: str) -> tuple[RemoteFolder, list[str]]:
     of_split = [name for name in names if re.search(SPLIT_WORD[split], name.lower())]
     if not of_split:
         raise UserError(
-            f"dataset.root={root}: no shard of split {split} among {names[0]} ... {names[-1]}. Names must say their "
-            "split, as in DIR_OR_URL/{train-{000..127},val-{00..06}}.tar"
+            f"dataset.root={root}: no shard of split {split} among {names[0]} ... {names[-1]}. Names must "
+            "contain their split, as in DIR_OR_URL/{train-{000..127},val-{00..06}}.tar"
         )
     return RemoteFolder(base), of_split
 

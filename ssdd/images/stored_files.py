@@ -44,7 +44,7 @@ class ImageFiles:
 
 
 def decode_rgb(file: Path | BinaryIO, where: str) -> Image.Image:
-    """Decode an encoded picture as PIL RGB. UserError that says `where` it lies when it can't be read."""
+    """Decode an encoded picture as PIL RGB. UserError that names `where` it lies when it can't be read."""
     try:
         with _opened(file) as image:
             return image.convert("RGB")

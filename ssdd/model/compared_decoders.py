@@ -29,7 +29,7 @@ class Row:
     checksum: str = ""
 
     def provenance(self) -> dict[str, Any]:
-        """What a result says of the decoder: reference, sha256 of its weights, steps, sizes, encoder."""
+        """What a result records of the decoder: reference, sha256 of its weights, steps, sizes, encoder."""
         config = getattr(self.tokenizer, "config", {})
         return {
             "reference": self.reference,

@@ -255,7 +255,7 @@ class SSDD(nn.Module):
         config = _stored_config(metadata, path) if METADATA_KEY in metadata else options_of(weights)
         config |= overrides
         if not {"encoder", "decoder"} <= set(config):
-            raise UserError(f"{path} does not say which networks it holds: pass encoder= and decoder=, as f8c4 and M")
+            raise UserError(f"{path} records no architecture: pass encoder= and decoder=, such as f8c4 and M")
         model = cls(**config)
         load_weights(model, weights, path, strict)
         model.license = license_of(weights, metadata, METADATA_KEY in metadata)

@@ -45,7 +45,8 @@ def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path, strict: bool = True) -> None:
-    """Load weights by name; on any difference in names or shapes nothing is loaded and one UserError says what differs.
+    """Load weights by name; on any difference in names or shapes nothing is loaded and one UserError lists what
+    differs.
 
     The error names the networks that the weights would fit. strict=False loads what fits and logs the rest.
     """
@@ -118,7 +119,7 @@ OFFICIAL_LICENSE = "CC-BY-NC-4.0"
 
 
 def license_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str], ours: bool) -> str | None:
-    """The licence that a file's weights come under: what it says, or that of the official SSDD weights.
+    """The licence that a file's weights come under: what it records, or that of the official SSDD weights.
 
     ours: whether the file carries our configuration; one in the published layout without it counts as official.
     """

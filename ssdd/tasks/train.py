@@ -181,9 +181,9 @@ def check(cfg: SSDDConfig, steps: int) -> None:
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
     if training.grad_clip < 0:
-        raise UserError(f"training.grad_clip={training.grad_clip} must not be negative; 0 switches clipping off")
+        raise UserError(f"training.grad_clip={training.grad_clip} must not be negative; 0 disables clipping")
     if training.fsdp and cfg.ssdd.compile:
-        raise UserError("training.fsdp=true does not go with compiled networks yet: set ssdd.compile=false")
+        raise UserError("training.fsdp=true does not support compiled networks yet: set ssdd.compile=false")
 
 
 def trained(network: SSDD, objective: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

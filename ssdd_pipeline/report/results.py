@@ -168,7 +168,7 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
         for network, checksum in result["features"].items()
     ]
     facts["loss networks"] = [
-        f"{name}: {'not known, its config.yaml is not here' if used is None else ', '.join(sorted(used)) or 'none'}"
+        f"{name}: {'unknown (config.yaml not found)' if used is None else ', '.join(sorted(used)) or 'none'}"
         for name, used in evaluation.loss_networks().items()
     ]
     resamples = config.get("evaluation", {}).get("resamples")

@@ -156,7 +156,7 @@ def _optimised_notes(evaluation: Evaluation, optimised: dict[str, list[str]]) ->
             f"biased in favour of {'it' if len(decoders) == 1 else 'them'}."
         )
     if unknown := [name for name, used in evaluation.loss_networks().items() if used is None]:
-        notes.append(f"The training losses of {', '.join(unknown)} are not known here, so no column could be marked.")
+        notes.append(f"Training losses of {', '.join(unknown)}: unknown (config.yaml not found), so not marked.")
     return notes
 
 
