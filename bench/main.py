@@ -29,7 +29,7 @@ REPEATS = 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the measurement that is asked for."""
+    """Run the requested measurement."""
     from ssdd.engine.errors import UserError
     from ssdd.engine.locale_independence import use_utf8
 

@@ -1,6 +1,6 @@
 """Tokenizers compared with diffusers' autoencoders: `python scripts/bench.py tokenizer key=value`.
 
-Every network has random weights. Parameters are those of the half at work. GFLOP are of one image as it is computed;
+Every network has random weights. Parameters are those of the half that runs. GFLOP are of one image as it is computed;
 "of peak" holds the best rate against the best that a matrix product or a convolution reached in the same run. "/ KL" is
 the network's rate by that of AutoencoderKL, the median over rounds. Peak memory is the process's, on CUDA the device's.
 """
@@ -65,7 +65,7 @@ class Settings:
     compile: list[bool] = field(default_factory=lambda: [False], metadata={"choices": (False, True)})
     """torch.compile all networks."""
     batch: list[int] = field(default_factory=lambda: [1])
-    """Images at once."""
+    """Images per batch."""
     steps: list[int] = field(default_factory=lambda: [1])
     """Steps of our decoders in task=decode, one row each."""
     rounds: int = 5

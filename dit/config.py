@@ -236,7 +236,7 @@ class EvaluationConfig:
     cache: str | None = None
     """Folder for statistics of real images, measured once; null: ckpt_dir/cache/statistics."""
     classifier: str | None = None
-    """File that `ssdd/main.py task=classifier` wrote on real images: count how often it sees the asked class."""
+    """File that `ssdd/main.py task=classifier` wrote on real images: counts how often it sees the requested class."""
     baseline_numbers: int | None = None
     """Add a baseline row: samples of one Gaussian per class in a PCA space of this many dimensions; null disables
     it."""

@@ -65,7 +65,7 @@ def load_dit(
     """
     path = Path(path)
     if family is not None and family not in FAMILIES:
-        raise UserError(f"family={family!r} is none of {', '.join(FAMILIES)}")
+        raise UserError(f"family={family!r}: expected one of {', '.join(FAMILIES)}")
     if (config := read_config(path)) is not None:
         if family is not None:
             raise UserError(f"{path} is a file of this project, which records its convention; leave out {family=}")
@@ -103,7 +103,7 @@ def export_dit(model: DiT, path: str | Path, layout: str = "dit") -> Path:
     """
     path = Path(path)
     if layout not in LAYOUTS:
-        raise UserError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
+        raise UserError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: the export is a safetensors file; give a name that ends in .safetensors")
     weights, config = dict(model.state_dict()), dict(model.config)

@@ -179,7 +179,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotary(q), rotary(k)
-        # Under autocast LayerNorm answers in float32; attention wants one dtype.
+        # Under autocast LayerNorm returns float32; attention needs one dtype.
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)  # [B, heads, T, h / heads]
         return self.proj(x.transpose(1, 2).flatten(2))
 

@@ -57,7 +57,7 @@ def warnings_of(result: dict[str, Any]) -> list[str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A page for people."""
+    """A readable page."""
     channels, posterior = result["channels"], result["posterior"]
     shape = " x ".join(map(str, result["shape"]))
     columns = {

@@ -54,7 +54,7 @@ class EvidenceConfig:
     seeds: int = 3
     """Number of seeds of the decoders; the encoder is shared."""
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Jobs at once, one thread each."""
+    """Jobs that run at the same time, one thread each."""
     dataset: DatasetConfig = field(default_factory=fashion_mnist)
     """Images."""
     encoder: str = "f8c4"

@@ -95,7 +95,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def watch(self, process: int) -> None:
-        """Pass signals on to `process`, one that came while it was being started included."""
+        """Pass signals on to `process`, including one received while it was being started."""
         self.process = process
         if self.received:
             os.kill(process, signal.SIGTERM)

@@ -63,7 +63,7 @@ class Gap:
 
         reference, originals: statistics per network of the gFID reference and of the held-out images; generated: the
         rows of the result. rfid is to the originals; as the bias of so few images differs from that of gfid, the gap is
-        also given with the reconstructions held against the same reference, and in KID, which has no bias.
+        also given with the reconstructions compared with the same reference, and in KID, which has no bias.
         """
         for image_set in self.sets.values():
             image_set.finish()

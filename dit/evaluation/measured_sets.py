@@ -65,7 +65,7 @@ class Export:
 class ImageSetFolder:
     """One set: `measure` in all processes, `finish` in the main one, then its figures can be read.
 
-    request: all that its images depend on. judge: counts how often it sees the label that was asked for. shown: images
+    request: all that its images depend on. judge: counts how often it sees the requested label. shown: images
     that pictures show. What `finish` wrote for the same request is used again.
     """
 
@@ -110,7 +110,7 @@ class ImageSetFolder:
     def measure(self) -> None:
         """Make what is missing; every process its own chunks. Returns when all chunks are there."""
         processes = self.measuring.processes
-        processes.wait()  # nobody looks for finished work any more
+        processes.wait()  # finished work is not looked for any more
         if self.finished:
             processes.print(f"{self.folder}: measured before")
             return

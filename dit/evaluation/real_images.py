@@ -47,7 +47,7 @@ class RealImages:
         """Every process its part of the images, for the networks that have not seen them yet; no image is stored."""
         processes, count = self.measuring.processes, len(self.dataset)
         missing = [network for network in self.measuring.networks if not self._files[network.name].is_file()]
-        processes.wait()  # nobody looks any more
+        processes.wait()  # finished work is not looked for any more
         if not missing:
             return
         kept = True if count <= self.measuring.kept else drawn_indices(count, self.measuring.kept)

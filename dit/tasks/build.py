@@ -61,7 +61,7 @@ def architecture(cfg: DiTConfig) -> dict[str, Any]:
 
 
 def pretrained_network(cfg: DiTConfig, cache: Cache) -> DiT:
-    """The network of `model.checkpoint`, of ours or of another repository, for the cache's latents.
+    """The network of `model.checkpoint`, ours or another repository's, for the cache's latents.
 
     UserError, with the keys to set, where the file holds another network than the keys of `model` describe.
     """

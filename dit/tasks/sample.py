@@ -196,7 +196,7 @@ def _finished(out: Path, request: dict, n: int) -> bool:
 
 
 def trained_on(weights: Path) -> dict:
-    """What the trainer wrote about the cache into a weights file; torch files of other people have nothing of it."""
+    """What the trainer recorded about the cache in a weights file; foreign torch files record nothing."""
     if weights.suffix != ".safetensors":
         return {}
     with safe_open(weights, framework="pt") as handle:

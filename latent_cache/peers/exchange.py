@@ -21,7 +21,7 @@ LOGVAR_FLOOR = -30.0  # of a posterior without deviation, as DiagonalGaussian cl
 
 @dataclass
 class Block:
-    """Samples `indices` (int64 [n]) with labels [n], in the values that the format wants.
+    """Samples `indices` (int64 [n]) with labels [n], in the values that the format needs.
 
     means: float32 [n, view, C, h, w]; logvars the same, or None where the cache has means only.
     """

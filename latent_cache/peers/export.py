@@ -1,6 +1,6 @@
 """Write a cache in the layout of another repository, so that its trainer runs on our latents unchanged.
 
-The folder is written beside as OUT.partial and renamed. An export that was killed goes on at the first block of samples
+The folder is written as OUT.partial and renamed. An export that was killed continues at the first block of samples
 whose files are not all there.
 """
 
@@ -103,7 +103,7 @@ def _is_finished(out: Path, origin: dict) -> bool:
     if (out / ORIGIN).is_file() and read_json(out / ORIGIN) == origin:
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={out} is there already and is not this export: choose another folder, or delete it")
+        raise UserError(f"out={out} exists and is not this export: choose another folder, or delete it")
     return False
 
 

@@ -1,7 +1,7 @@
 """Make a cache of ours from one of another repository.
 
 Statistics are computed again over all latents in float64: LightningDiT's own are of 10 000 random images, the others
-have none. Only what `export` wrote brings its cache's statistics along, and so comes back as it was: bit for bit from
+have none. Only what `export` wrote carries its cache's statistics, and so is restored exactly: bit for bit from
 fast-dit, which holds the normalised values themselves; to float32's rounding of raw values from the others, which
 float16 forgets but for values next to 0.
 """
@@ -103,7 +103,7 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
 
 
 def _named_tokenizer(cfg: ImportConfig, channels: int) -> dict:
-    """The manifest's tokenizer entry as the keys have it, with its `stride` where the tokenizer is at hand."""
+    """The manifest's tokenizer entry as the keys describe it, with its `stride` where the tokenizer is available."""
     if cfg.tokenizer is not None and cfg.fingerprint is not None:
         raise UserError("tokenizer and fingerprint both name the encoder: pass one of them")
     if cfg.tokenizer is None:

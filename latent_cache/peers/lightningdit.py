@@ -51,7 +51,7 @@ def write(folder: Path, block: Block, class_names: list[str], seed: int) -> None
 
 
 def finish(folder: Path, labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    """The statistics, as a torch file since its loader wants one; mean, std: float [C]."""
+    """The statistics, as a torch file, which its loader needs; mean, std: float [C]."""
     statistics = {"mean": torch.from_numpy(mean).float(), "std": torch.from_numpy(std).float()}
     torch.save({key: value.view(1, -1, 1, 1) for key, value in statistics.items()}, folder / STATS)
 

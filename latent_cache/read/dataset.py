@@ -209,5 +209,5 @@ class LatentDataset(torch.utils.data.Dataset):
         return dict(self._sequence.state)
 
     def load_state_dict(self, state: dict) -> None:
-        """Let the next `batches` go on there, with any number of processes."""
+        """Let the next `batches` continue there, with any number of processes."""
         self._sequence.load(state)

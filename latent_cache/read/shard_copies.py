@@ -52,7 +52,7 @@ class ShardFetcher:
                 self._running[number] = pool.submit(self._fetch_ahead, number)
 
     def wait(self, number: int) -> None:
-        """Until this shard is in the folder. UserError when it can't be had."""
+        """Until this shard is in the folder. UserError when it can't be fetched."""
         self._executor()
         future = self._running.pop(number, None)
         if future is not None:

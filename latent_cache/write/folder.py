@@ -135,7 +135,7 @@ class CacheFolder:
             if problem := self._damage():
                 return f"out={self.root} holds a damaged cache ({problem}): {choice}"
             found, kind = settings_of(load_manifest(self.root)), "a cache"
-            own = found["encoding"]  # nothing is left to encode: any CPU will do, and any device if none was asked for
+            own = found["encoding"]  # nothing is left to encode: any CPU will do, and any device if none was requested
             kept = {"precision": own.get("precision")} | ({"device": own.get("device")} if any_device else {})
             wanted = {**wanted, "encoding": {**wanted["encoding"], **kept}}
         elif (self.partial / "settings.json").is_file():
@@ -164,7 +164,7 @@ class CacheFolder:
         return problems[0] if problems else ""
 
     def bytes_while_building(self) -> int:
-        """At most: the raw rows of all shards lie there at once, then shard by shard the tars take their place."""
+        """At most: the raw rows of all shards are there together, then shard by shard the tars take their place."""
         values = int(np.prod(self.layout.shape)) * len(self.layout.views)
         raw = sum(len(job.samples) for job in self.jobs) * values * 4
         tars = [self.layout.file_bytes(len(job.samples)) for job in self.jobs]
@@ -208,7 +208,7 @@ def put(temporary: Path, final: Path) -> None:
 
 
 class FolderLock:
-    """Keeps two builds out of one folder; the system lets go of it when a build and the processes that read its images
+    """Keeps two builds out of one folder; the system releases it when a build and the processes that read its images
     end, however they end."""
 
     def __init__(self, folder: Path) -> None:

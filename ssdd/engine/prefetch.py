@@ -1,6 +1,6 @@
 """Download pretrained weights for machines without the network: `python scripts/prefetch_weights.py 'names=[vgg16]'`.
 
-Without names it lists them. An interrupted transfer goes on where it ended, when a checksum can prove the whole file;
+Without names it lists them. An interrupted transfer continues where it ended, when a checksum can prove the whole file;
 no file has its final name before it is complete, and verified where its checksum is known.
 """
 
@@ -110,7 +110,7 @@ def afterwards(out: Path) -> str:
 def fetch(name: str, weights: PretrainedWeights, out: Path) -> Path:
     """The weights `name` in the folder `out`, downloaded unless they are there and intact.
 
-    UserError when the server can't be reached or lacks the file, and when what came has another checksum.
+    UserError when the server can't be reached or lacks the file, and when the received file has another checksum.
     """
     target = out / weights.filename
     if weights.is_at(target):
@@ -152,7 +152,7 @@ def download(name: str, weights: PretrainedWeights, part: Path) -> str:
             if not resumed:
                 raise UserError(
                     f"{name}: the file from {weights.url} has sha256 {checksum}, expected {weights.checksum}; it was "
-                    "deleted. A proxy may have answered instead of the server"
+                    "deleted. A proxy may have replied instead of the server"
                 )
             problem = "the part that was there is damaged"
         except HTTPError as error:
@@ -160,8 +160,8 @@ def download(name: str, weights: PretrainedWeights, part: Path) -> str:
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in PASSING:
                 hint = f"; timm's names have a tag, as {TIMM_PREFIX}resnet50.a1_in1k" if TIMM_PREFIX in name else ""
-                raise UserError(f"{name}: {weights.url} answers {error.code} {error.reason}{hint}") from None
-            problem = f"the server answers {error.code} {error.reason}"
+                raise UserError(f"{name}: {weights.url} returned {error.code} {error.reason}{hint}") from None
+            problem = f"the server returned {error.code} {error.reason}"
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
                 raise
@@ -201,7 +201,7 @@ def unpack(archive: Path, weights: PretrainedWeights, target: Path) -> None:
             zipfile.ZipFile(archive).extractall(content)
         except zipfile.BadZipFile as error:
             archive.unlink()
-            raise UserError(f"{weights.url} sends no zip ({error}). A proxy may have answered instead") from None
+            raise UserError(f"{weights.url} sends no zip ({error}). A proxy may have replied instead") from None
         if not weights.is_at(content):
             archive.unlink()
             raise UserError(f"the zip of {weights.url} lacks some of {', '.join(weights.members)}")

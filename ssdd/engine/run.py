@@ -42,7 +42,7 @@ class RunDirectory:
         return read_json(self.result)
 
     def begin(self, cfg: Any, step: int) -> None:
-        """A run with this config goes on after `step` steps: what was written of later ones goes."""
+        """A run with this config continues after `step` steps: what was written of later ones is removed."""
         self.save_config(cfg)
         self.truncate_metrics(step)
         self.result.unlink(missing_ok=True)

@@ -39,7 +39,7 @@ class Part(Protocol):
 class TrainingState:
     """How far a run is, and all that its next step reads besides its config.
 
-    identity: JSON values that must not change while the run goes on. parts: by the names of their files.
+    identity: JSON values that must not change while the run continues. parts: by the names of their files.
     metadata: of every weights file. best: which evaluation was the best, where a run is evaluated.
     """
 
@@ -112,7 +112,7 @@ class TrainingState:
         return time.perf_counter() - self._began
 
     def save(self, *names: str) -> None:
-        """Write a checkpoint under the first name and link the others to it; returns when all processes may go on."""
+        """Write a checkpoint under the first name, link the others to it, and wait until all processes may continue."""
         groups = {name: part.tensors() for name, part in self.parts.items()}
         values = {key: value for part in self.parts.values() for key, value in part.values().items()}
         values |= {key: getattr(self, key) for key in ("identity", "step", "metrics", "best", "precision", "seconds")}

@@ -60,7 +60,7 @@ def peak_flops(device: torch.device, precision: str, calls: int = 3) -> float | 
     """FLOP per second that the device can do in `precision` (no, bf16, fp16), or None where that is not known.
 
     GPUs: data sheets, for half precision only, since float32 training mixes units (TF32 and others) of different peaks.
-    CPUs: what a matrix product of 1024 rows reaches here and now, the best of some calls.
+    CPUs: what a matrix product of 1024 rows reaches now, the best of some calls.
     """
     if device.type == "cuda":
         words = set(re.split(r"[ -]", torch.cuda.get_device_name(device)))

@@ -32,7 +32,7 @@ class Statistics:
 
 
 class SeenIndices:
-    """The indices of the images that came so far, in order of arrival; a batch takes as long however many there are."""
+    """The indices of the images added so far, in order of arrival; a batch takes as long however many there are."""
 
     def __init__(self) -> None:
         self._parts = [torch.empty(0, dtype=torch.int64)]

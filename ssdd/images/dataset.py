@@ -27,8 +27,8 @@ class ImageDataset:
     """Square uint8 images of a source, cropped for training (train=True) or for evaluation.
 
     ds[i] or ds[epoch, i] gives (uint8 [3, im_size, im_size], label, index). The training crop and flip are drawn from
-    (seed, epoch, i). An unreadable image raises UserError; with on_corrupt=skip the next readable one stands in for
-    it, with its own label and index: a returned index that is not the one asked for means "skipped".
+    (seed, epoch, i). An unreadable image raises UserError; with on_corrupt=skip the next readable one replaces
+    it, with its own label and index: a returned index that is not the requested one means "skipped".
     """
 
     def __init__(self, source: ImageSource, cfg: DatasetConfig, train: bool, seed: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Images in WebDataset shards: tars of `{key}.jpg` and `{key}.cls`, local or at any fsspec URL, read by index.
 
 Stock loaders read shards as streams, in an order that depends on processes and workers. Here any picture can be read at
-any time, as from a folder of files: each tar is gone through once, and where its members lie is kept in a small JSON
+any time, as from a folder of files: each tar is scanned once, and where its members lie is kept in a small JSON
 file. Remote shards are first copied, whole, to this machine.
 """
 
@@ -101,7 +101,7 @@ def open_shards(root: str, split: str, cache_dir: str | None = None) -> tuple[Sh
 
 
 def pictures_of(shards: Sequence[tuple[Path, list[Entry]]]) -> tuple[ShardedImages, np.ndarray]:
-    """Pictures of local tars, gone through by `index_tar`, in order; and their labels, int64 [n]."""
+    """Pictures of local tars, scanned by `index_tar`, in order; and their labels, int64 [n]."""
     entries = [(number, *entry) for number, (_, found) in enumerate(shards) for entry in found]
     places = np.array([(number, offset, size) for number, _, offset, size, _ in entries], dtype=np.int64)
     labels = np.array([label for *_, label in entries], dtype=np.int64)
@@ -149,7 +149,7 @@ def _class_names(folder: RemoteFolder) -> list[str]:
 
 
 def _open_shard(folder: RemoteFolder, name: str, place: Path) -> tuple[Path, list[Entry]]:
-    """The shard as it is now: copied if it is remote, and gone through, unless `place` has that already."""
+    """The shard as it is now: copied if it is remote, and scanned, unless `place` has that already."""
     local = folder.local(name)
     path, index = local or place / name, place / f"{name}.json"
     version = {"index": INDEX_VERSION, **folder.version(name)}

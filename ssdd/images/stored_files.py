@@ -83,7 +83,7 @@ def add_files(
 ) -> None:
     """Update `digest` with names and sizes, and with the content of each file unless all together are large.
 
-    sizes: in bytes, or what lies there in place of a file.
+    sizes: in bytes, or the kind of what is there instead of a file.
     """
     by_content = sum(size for size in sizes if isinstance(size, int)) <= HASHED_BYTES
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):

@@ -1,7 +1,7 @@
 """Worker processes that read batches, on machines with little shared memory or few open files as well.
 
 torch's workers hand tensors over in shared memory, /dev/shm, one open file per tensor. Containers often have 64 MB of
-it. A worker that runs out of either fails in a thread of its queue, and its owner would wait for the batch for ever.
+it. A worker that runs out of either fails in a thread of its queue, and its owner would wait for the batch forever.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ DECODER_SIZES = {
     "XH": DecoderSize(256, (1, 2, 4, 4), layers=16),
     "G": DecoderSize(384, (1, 2, 4, 4), layers=16),
 }
-"""XS..G are the published sizes; XXS is ours, for quickstarts and tests on images of 16 to 32 px."""
+"""XS..G are the published sizes; XXS is an addition, for quickstarts and tests on images of 16 to 32 px."""
 DEFAULT_WINDOW = 8
 
 

@@ -13,7 +13,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_json
 
 UNKNOWN_ENCODER = "unknown"
-"""Fingerprint in the statistics of latents whose encoder nobody named."""
+"""Fingerprint in the statistics of latents whose encoder is unknown."""
 
 
 class DiagonalGaussian:

@@ -195,7 +195,7 @@ def trained(network: SSDD, objective: nn.Module) -> tuple[dict[str, nn.Parameter
 
 
 def identity_of(cfg: SSDDConfig, network: SSDD, images: TrainingImages, terms: list[str]) -> dict[str, Any]:
-    """What must not change while a run goes on."""
+    """What must not change while a run continues."""
     identity = {"encoder": network.config["encoder"], "decoder": network.config["decoder"], "seed": cfg.seed}
     identity |= {"data": images.dataset.source.fingerprint(), "batch_size": images.batch_size, "terms": terms}
     identity |= {"optimizer": cfg.training.optimizer, "objective": cfg.objective}

@@ -116,7 +116,7 @@ def coloured(differences: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _gallery(cards: Sequence[tuple[str, dict[str, np.ndarray], str]]) -> Gallery:
-    """cards: (title, strips [n, h, w, 3] by name, name of the one that the others are held against)."""
+    """cards: (title, strips [n, h, w, 3] by name, name of the one that the others are compared with)."""
     differences = [
         {name: difference(images, strips[first]) for name, images in strips.items() if name != first}
         for _, strips, first in cards

@@ -109,7 +109,7 @@ def trained_on(reference: str | None, beside: Path) -> set[str] | None:
 
 
 def canonical(network: str) -> str:
-    """One name for a network that is a loss under timm's name and a judge under ours."""
+    """One name for a network that is a loss under timm's name and an evaluation network under ours."""
     name = network.removeprefix(TIMM_PREFIX)
     return {LITE0: "efficientnet_lite0"}.get(name, TIMM_ALIASES.get(name, name))
 

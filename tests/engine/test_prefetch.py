@@ -140,7 +140,7 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_an_error_at_once(server, 
     model = weights.PretrainedWeights("resnet50.safetensors", "timm", url=server.url)
     monkeypatch.setattr(prefetch_weights, "lookup", lambda name: model)
     assert fetch(tmp_path, "timm/resnet50") == 2 and len(server.ranges) == 4
-    assert "answers 404" in (error := capsys.readouterr().err) and "timm/resnet50.a1_in1k" in error
+    assert "returned 404" in (error := capsys.readouterr().err) and "timm/resnet50.a1_in1k" in error
 
 
 def test_a_dead_server_is_an_error(server, tmp_path, capsys):

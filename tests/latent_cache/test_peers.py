@@ -226,7 +226,7 @@ def killed(*arguments):
 
 def test_a_folder_in_the_way_is_left_alone(mean_cache, tmp_path):
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(UserError, match="is there already and is not this export"):
+    with pytest.raises(UserError, match="exists and is not this export"):
         export(ExportConfig(str(mean_cache), "repa", str(tmp_path)))
     assert os.listdir(tmp_path) == ["mine"]
 
