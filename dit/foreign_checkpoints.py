@@ -126,8 +126,8 @@ def _as_sit(weights: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[st
         raise UserError('a noise predictor is not a velocity field of SiT\'s path; export it with layout="dit"')
     if config["time_scale"] != 1:
         raise UserError(
-            f"SiT feeds its network t in [0, 1], and this one was trained on {config['time_scale']:g} t: no change of "
-            'weights makes up for that. Train with model.time_scale=1, or export with layout="dit"'
+            f"SiT feeds its network t in [0, 1], and this one was trained on {config['time_scale']:g} t: the "
+            'weights cannot be converted. Train with model.time_scale=1, or export with layout="dit"'
         )
     if config["convention"] in ("flow", "repa"):
         first = weights["t_embedder.mlp.0.weight"].double()
@@ -291,6 +291,6 @@ def _check_wanted(config: Mapping[str, Any], path: Path, in_channels: int | None
         )
     if num_classes is not None and config["num_classes"] != num_classes:
         raise UserError(
-            f"{path} knows {config['num_classes']} classes, not {num_classes}: sample it with its own "
+            f"{path} has {config['num_classes']} classes, not {num_classes}: sample it with its own "
             f"(num_classes={config['num_classes']}), or train another label table (model.reset_labels=true)"
         )

@@ -1,4 +1,4 @@
-"""Is this cache whole? Every file is compared with the manifest, by size and count or by checksum."""
+"""Is this cache complete? Every file is compared with the manifest, by size and count or by checksum."""
 
 from __future__ import annotations
 

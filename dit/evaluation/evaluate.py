@@ -167,13 +167,13 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
 
 
 def _check(options: EvaluationConfig) -> None:
-    """UserError for numbers that mean nothing, before anything is loaded."""
+    """UserError for invalid numbers, before anything is loaded."""
     if min(options.kept_features, options.sweep_n, options.resamples) < 2 or options.batch_size < 1:
         raise UserError(
             "evaluation.kept_features, sweep_n and resamples must be at least 2, evaluation.batch_size at least 1"
         )
     if any(level < 0 for level in options.latent_noise):
-        raise UserError(f"evaluation.latent_noise={options.latent_noise}: standard deviations are not negative")
+        raise UserError(f"evaluation.latent_noise={options.latent_noise}: standard deviations must not be negative")
     if options.latent_noise and not options.held_out:
         raise UserError("evaluation.latent_noise reconstructs held-out images: it needs evaluation.held_out=true")
 
@@ -182,8 +182,8 @@ def _check_classes(classifier: SmallClassifier, samples: SampleSet, path: str) -
     """UserError if the classifier does not know all classes of the samples."""
     if (largest := int(samples.labels.max())) >= classifier.num_classes:
         raise UserError(
-            f"evaluation.classifier={path} knows classes 0 to {classifier.num_classes - 1}, samples have label "
-            f"{largest}: train one on their data set (ssdd/main.py task=classifier)"
+            f"evaluation.classifier={path} was trained on classes 0 to {classifier.num_classes - 1}, samples have "
+            f"label {largest}: train one on their data set (ssdd/main.py task=classifier)"
         )
 
 
@@ -228,7 +228,7 @@ def _baseline(
 
 
 def _speed(table_rows: list[dict], sets: dict[str, ImageSetFolder], rows: list[Row], samples: SampleSet) -> None:
-    """Steps, class accuracy, and what an image costs to draw and to decode."""
+    """Steps, class accuracy, and the cost per image of drawing and decoding."""
     steps = {row.name: row.steps for row in rows}
     drawing = samples.samples_per_s()
     for row in table_rows:

@@ -1,4 +1,4 @@
-"""Real images as the other side of every distance: statistics of a split, or of a given reference, measured once."""
+"""Real images as the reference of every distance: statistics of a split, or of a given reference, measured once."""
 
 from __future__ import annotations
 

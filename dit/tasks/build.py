@@ -97,7 +97,7 @@ def build_averages(cfg: DiTConfig, parameters: dict[str, Tensor]) -> dict[str, E
 
 
 def build_objective(cfg: DiTConfig, network: DiT) -> FlowObjective:
-    """Flow matching with the losses that have a weight. UserError if REPA's network has no weights or no place."""
+    """Flow matching with the losses that have a weight. UserError if REPA's weights or its block do not exist."""
     repa = None
     if cfg.losses.repa:
         depth = len(network.blocks)
@@ -125,7 +125,7 @@ def flop_per_latent(cfg: DiTConfig, objective: FlowObjective, cache: Cache, prec
 
 
 def trained_on(cache: Cache) -> dict[str, Any]:
-    """What sampling and decoding need to know of the cache, so that a weights file is enough for both."""
+    """What sampling and decoding need from the cache, so that a weights file is enough for both."""
     return {
         "cache": cache.manifest["sha256"],
         "z_stats": cache.norm.to_dict(),

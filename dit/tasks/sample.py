@@ -126,7 +126,7 @@ def run(cfg: DiTConfig) -> Path:
             z_n = draw(model, indices, labels, sampling, guide)
         seconds = (time.perf_counter() - began) * len(missing) / chunk_size
         if not torch.isfinite(z_n).all():
-            raise UserError(f"samples {indices.start} to {indices[-1]} of {weights} are not finite; was it trained?")
+            raise UserError(f"samples {indices.start} to {indices[-1]} of {weights} are not finite: is it trained?")
         chunks.save(missing, {"z_n": z_n, "labels": labels}, seconds)
         processes.print(f"sampled {min(missing.start + chunk_size * processes.world, sampling.n)} of {sampling.n}")
     processes.wait()

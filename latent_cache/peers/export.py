@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 def export(cfg: ExportConfig) -> str:
     """Write the export, continue it, or find it finished; returns a line that describes what is there.
 
-    UserError for what the format needs and the cache lacks, for a folder in the way and for a disk too small.
+    UserError for what the format needs and the cache lacks, for a folder that already exists and for a disk too small.
     """
     cache = LatentDataset(cfg.cache, cfg.split)
     peer = FORMATS[cfg.format]

@@ -83,7 +83,7 @@ def open_peer(folder: Path, divide: float) -> PeerLatents:
             raise UserError(f"{path} holds negative deviations: expected means, then deviations (2C, h, w)")
         if not moments:
             if std.any():
-                raise UserError(f"{path} has posterior deviations, {files[0]} has none: the cache is mixed up")
+                raise UserError(f"{path} has posterior deviations, {files[0]} has none: the cache is inconsistent")
             return mean
         with np.errstate(divide="ignore"):
             return np.concatenate([mean, np.maximum(2 * np.log(std), LOGVAR_FLOOR)]).astype(np.float32)

@@ -89,8 +89,8 @@ class LatentDataset(torch.utils.data.Dataset):
             rows = torch.empty(shape, dtype=torch.float16, device="cpu" if where == "ram" else where)
         except RuntimeError as error:  # no such device, or no such amount of memory
             raise UserError(
-                f"preload={where}: {np.prod(shape) * 2 / 1e9:.1f} GB of latents can't be put there "
-                f"({str(error).splitlines()[0]}): leave preload out, which maps the files"
+                f"preload={where}: {np.prod(shape) * 2 / 1e9:.1f} GB of latents can't be loaded there "
+                f"({str(error).splitlines()[0]}): leave preload out to map the files"
             ) from None
         for number, samples in enumerate(self.samples):
             for view, stored in enumerate(self.shard(number).views):

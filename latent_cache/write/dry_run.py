@@ -1,4 +1,4 @@
-"""What a build would take on this machine: bytes, shards, GFLOP, and the time of a few batches times their number."""
+"""The cost of a build on this machine: bytes, shards, GFLOP, and the time of a few batches times their number."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""The folder of a cache while it is built: what is done, what is left, and whose it is.
+"""The folder of a cache while it is built: what is done, what is left, and which build it belongs to.
 
     manifest.json, z_stats.json            written last
     <split>/NNNNNN.tar, NNNNNN.json        finished shards; the sidecar comes after the tar
     .partial/settings.json                 what is being built
     .partial/<split>/NNNNNN.npy, .json     raw float32 rows and their statistics; the statistics come after the rows
 
-Every file is written beside, synced and renamed, so that a killed build leaves whole files and some rubbish in
-.partial. Temporary names are the process's own: a process that outlived its killed launcher can't spoil a file.
+Every file is written beside, synced and renamed, so that a killed build leaves complete files and some leftovers in
+.partial. Temporary names are the process's own: a process that outlived its killed launcher can't damage a file.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class CacheFolder:
             self.root.mkdir(parents=True, exist_ok=True)
 
     def open(self, overwrite: bool, any_device: bool) -> bool:
-        """Make ready for the build; True if the cache is finished already. UserError when something is in the way.
+        """Make ready for the build; True if the cache is already finished. UserError for a folder of something else.
 
         any_device: a finished cache may have been encoded on another kind of device.
         """
@@ -128,7 +128,7 @@ class CacheFolder:
             remove_leftovers(folder)
 
     def _conflict(self, any_device: bool) -> str:
-        """Why this folder can't be built in as it is, unless what it holds is deleted; "" if it can."""
+        """Why nothing can be built in this folder unless its content is deleted; "" if it can."""
         choice = "choose another folder, or delete what is there with overwrite=true"
         wanted = self.settings
         if (self.root / MANIFEST).is_file():

@@ -201,7 +201,7 @@ def unpack(archive: Path, weights: PretrainedWeights, target: Path) -> None:
             zipfile.ZipFile(archive).extractall(content)
         except zipfile.BadZipFile as error:
             archive.unlink()
-            raise UserError(f"{weights.url} sends no zip ({error}). A proxy may have replied instead") from None
+            raise UserError(f"{weights.url} did not return a zip ({error}). A proxy may have replied instead") from None
         if not weights.is_at(content):
             archive.unlink()
             raise UserError(f"the zip of {weights.url} lacks some of {', '.join(weights.members)}")

@@ -165,8 +165,8 @@ def check_decision(by: str, counts: list[int | None], networks: list[FeatureNetw
     needed = max(IMAGES_A_DIMENSION * network.dim for network in networks)
     if by == "frechet" and (None in counts or len(set(counts)) > 1 or min(counts) < needed):
         raise UserError(
-            f"decide=frechet: raw Frechet distances of {', '.join(str(count) for count in counts)} images decide "
-            f"nothing: their bias does. That takes equal counts of at least {needed} ({IMAGES_A_DIMENSION} per "
+            f"decide=frechet: raw Frechet distances of {', '.join(str(count) for count in counts)} images are "
+            f"dominated by bias. That takes equal counts of at least {needed} ({IMAGES_A_DIMENSION} per "
             "dimension). Use decide=kid"
         )
 

@@ -82,7 +82,7 @@ class FeatureNetwork(nn.Module):
         return {"network": self.name, "dim": self.dim, "checksum": self.checksum, "resize": self.resize}
 
     def train(self, mode: bool = True) -> FeatureNetwork:
-        """Stays in evaluation mode whatever a surrounding module does."""
+        """Stays in evaluation mode regardless of the surrounding module."""
         return super().train(False)
 
 

@@ -123,7 +123,7 @@ class FeatureStatistics:
             raise ValueError(f"statistics need at least 2 images, got {moments.count}")
         cov = moments.scatter / (moments.count - 1)
         if not (moments.mean.isfinite().all() and cov.isfinite().all()):
-            raise ValueError("features are not finite: the images or the feature network are broken")
+            raise ValueError("features are not finite: check the images and the feature network")
         return Statistics(moments.count, moments.mean.cpu(), cov.cpu(), features)
 
 

@@ -157,4 +157,4 @@ def _npz_names(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
     except zipfile.BadZipFile as problem:
-        raise UserError(f"{path} is not a whole npz file: {problem}") from problem
+        raise UserError(f"{path} is not a complete npz file: {problem}") from problem

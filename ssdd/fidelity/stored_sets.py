@@ -168,7 +168,7 @@ def _folders_below(path: Path) -> Iterator[tuple[str, list[str]]]:
     for folder, folders, files in os.walk(path, followlinks=True):
         for link in (Path(folder, name) for name in folders):
             if link.is_symlink() and Path(folder).resolve().is_relative_to(link.resolve()):
-                raise UserError(f"{link} leads back to {link.resolve()}, where it lies itself: remove the link")
+                raise UserError(f"{link} leads back to {link.resolve()}, which contains it: remove the link")
         yield folder, files
 
 
@@ -243,7 +243,7 @@ def _npz(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as problem:
-        raise UserError(f"{path} is not a whole npz file: {problem}") from problem
+        raise UserError(f"{path} is not a complete npz file: {problem}") from problem
 
 
 def _image_header(path: Path, stream: Any) -> tuple[int, ...]:

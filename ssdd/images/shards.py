@@ -169,7 +169,7 @@ def index_tar(path: Path, where: str = "", labelled: bool = True) -> list[Entry]
     """The pictures of a tar in their order. UserError, with `where` it is, when it is malformed or not whole.
 
     Members are named as WebDataset does: the key ends at the first dot of the file name. Members that are neither
-    picture nor label are left alone, but for pickles: no shard with one is read.
+    picture nor label are left alone, but for pickles: shards that contain one are not read.
     labelled: whether every picture must have a label; otherwise none is read, and all are -1.
     """
     where = where or str(path)
@@ -182,7 +182,7 @@ def index_tar(path: Path, where: str = "", labelled: bool = True) -> list[Entry]
             stem, _, extension = file_name.partition(".")
             key, extension = folder + slash + stem, extension.lower()
             if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
-                raise UserError(f"{where}:{member.name} is a pickle, which can run code: no shard with one is read")
+                raise UserError(f"{where}:{member.name} is a pickle, which can run code: remove it from the shard")
             if extension in IMAGE_EXTENSIONS:
                 if key in pictures:
                     raise UserError(f"{where} has two pictures of sample {key}: make keys unique")
@@ -211,7 +211,7 @@ def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
                     yield member
             end = tar.offset
     except (tarfile.TarError, ValueError) as error:
-        raise UserError(f"{where} is not a whole, uncompressed tar ({error}): copy or make it again") from None
+        raise UserError(f"{where} is not a complete, uncompressed tar ({error}): copy or make it again") from None
     file.seek(end)
     zeros = 0
     while (block := file.read(BLOCK)) and not block.strip(b"\0"):

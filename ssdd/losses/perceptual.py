@@ -66,7 +66,7 @@ class Lpips(nn.Module):
             return sum(head((x - y).square()).mean(dim=(1, 2, 3)) for x, y, head in heads)
 
     def train(self, mode: bool = True) -> Lpips:
-        """Stays in evaluation mode whatever a surrounding module does."""
+        """Stays in evaluation mode regardless of the surrounding module."""
         return super().train(False)
 
 
@@ -108,7 +108,7 @@ class FeatureDistance(nn.Module):
         return sum(stages) / len(stages)
 
     def train(self, mode: bool = True) -> FeatureDistance:
-        """Stays in evaluation mode whatever a surrounding module does."""
+        """Stays in evaluation mode regardless of the surrounding module."""
         return super().train(False)
 
 
@@ -154,7 +154,7 @@ class DreamSim(nn.Module):
         return self.network(a, b)
 
     def train(self, mode: bool = True) -> DreamSim:
-        """Stays in evaluation mode whatever a surrounding module does."""
+        """Stays in evaluation mode regardless of the surrounding module."""
         return super().train(False)
 
 

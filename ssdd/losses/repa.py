@@ -55,7 +55,7 @@ class PatchTokens(nn.Module):
         return rearrange(tokens[:, self.model.num_prefix_tokens :], "b (i j) d -> b i j d", i=rows, j=columns)
 
     def train(self, mode: bool = True) -> PatchTokens:
-        """Stays in evaluation mode whatever a surrounding module does."""
+        """Stays in evaluation mode regardless of the surrounding module."""
         return super().train(False)
 
 

@@ -47,7 +47,7 @@ class SSDD(nn.Module):
     fm_sampler: defaults of `decode`, {"steps": 8, "t_pow_shift": 2.0}.
     ckpt_dir: where run names are looked up.
 
-    UserError for names that mean nothing and weights that do not fit.
+    UserError for unknown names and weights that do not fit.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Weights files of tokenizers: ours, the official ones, and the KL encoders of LDM and diffusers.
+"""Weights files of tokenizers: this project's, the official ones, and the KL encoders of LDM and diffusers.
 
 Nothing in a file is ever executed: `.safetensors`, and torch files read with `weights_only`.
 """
@@ -62,7 +62,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path,
             fitting = options_of(weights)
             hint = ", ".join(f"{name}={value!r}" for name, value in fitting.items())
             raise UserError(f"{message}. These weights fit {hint}" if fitting else message)
-        log.warning("%s; loaded what fits", message)
+        log.warning("%s; loaded the tensors that fit", message)
     fit = {key: value for key, value in weights.items() if key in expected and key not in unlike}
     module.load_state_dict(fit, strict=strict)
 

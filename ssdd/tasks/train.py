@@ -2,8 +2,8 @@
 
 Every random draw of a step comes from one generator seeded by (seed, step) for the whole global batch, of which each
 process keeps its rows: a run does not depend on the number of processes, and a resumed run draws what it would have
-drawn. Averaged weights are computed beside the trained ones: no byte depends on when anyone looks. Equal bytes are
-promised for one kind of machine, number of threads and precision (docs/reliability.md).
+drawn. Averaged weights are computed separately from the trained ones: no byte depends on when they are evaluated. Equal
+bytes are promised for one kind of machine, number of threads and precision (docs/reliability.md).
 """
 
 from __future__ import annotations

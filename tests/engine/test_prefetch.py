@@ -164,7 +164,7 @@ def test_archives_are_unpacked_whole_or_not_at_all(server, tmp_path, capsys, mon
     monkeypatch.setitem(
         weights.PRETRAINED, "dreamsim", replace(weights.PRETRAINED["dreamsim"], url=server.url, sha256="")
     )
-    for content, message in ((archive(members[:2]), "lacks some of"), (b"<html>", "sends no zip")):
+    for content, message in ((archive(members[:2]), "lacks some of"), (b"<html>", "did not return a zip")):
         server.content = content
         assert fetch(tmp_path, "dreamsim") == 2 and message in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
