@@ -1,4 +1,4 @@
-"""How busy building a cache keeps the encoder: `python scripts/bench.py builder`."""
+"""How busy the encoder is while a cache is built: `python scripts/bench.py builder`."""
 
 from __future__ import annotations
 

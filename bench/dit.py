@@ -75,7 +75,7 @@ class Settings:
 
 
 class Diffusers(nn.Module):
-    """diffusers' DiT of the shape of `ours`, called as ours is; it predicts the velocity at 1000 t."""
+    """diffusers' DiT of the shape of `ours`, called like it; it predicts the velocity at 1000 t."""
 
     convention = convention("flow", 1000.0)
 

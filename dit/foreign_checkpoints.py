@@ -1,11 +1,11 @@
 """Checkpoints of facebookresearch/DiT, SiT, REPA and LightningDiT in, and ours out in their layout.
 
-The tensors need no conversion, for our names and shapes are theirs. What differs is what a network's time and output
-mean: this is kept as the model's `convention` (`dit.time_convention`), so that a loaded model samples with our
+The tensors need no conversion, because our names and shapes are the same. What differs is what a network's time and
+output mean: this is kept as the model's `convention` (`dit.time_convention`), so that a loaded model samples with our
 samplers.
 
-A file holds latents' scale nowhere: DiT, SiT and REPA model SD-VAE latents times 0.18215, LightningDiT those of
-VA-VAE, normalised per channel. Guidance on the first three channels, as their tables use, is
+A file does not record the scale of its latents: DiT, SiT and REPA model SD-VAE latents times 0.18215, LightningDiT
+those of VA-VAE, normalised per channel. Guidance on the first three channels, as their tables use, is
 `sampling.cfg_channels=3`; DiT's noise predictors like `sampling.shift=3.4`.
 """
 

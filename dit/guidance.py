@@ -72,8 +72,9 @@ def guided_velocity(
         )
     if guide is not None and (guide.in_channels, guide.num_classes) != (model.in_channels, model.num_classes):
         raise UserError(
-            f"sampling.guide has {guide.in_channels} latent channels and {guide.num_classes} classes, the model "
-            f"guided by it {model.in_channels} and {model.num_classes}; a guide is a weaker model of the same latents"
+            f"sampling.guide has {guide.in_channels} latent channels and {guide.num_classes} classes, "
+            f"the guided model {model.in_channels} and {model.num_classes}; a guide must be a weaker model of the same "
+            "latents"
         )
     channels = model.in_channels if cfg_channels is None else cfg_channels
     labels = torch.cat([y, torch.full_like(y, model.num_classes)]) if classifier_free else y

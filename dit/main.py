@@ -11,7 +11,7 @@ if __name__ == "__main__":  # run as a path, Python puts dit/ first on sys.path,
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the task that the arguments ask for; returns the exit status, 2 for errors that the user can correct."""
+    """Run the task that the arguments select; returns the exit status, 2 for errors that the user can correct."""
     from dit.config import DiTConfig
     from ssdd.engine.cli import parse
     from ssdd.engine.errors import UserError, full_disk

@@ -39,7 +39,7 @@ def warnings_of(result: dict[str, Any]) -> list[str]:
     if heavy:
         found.append(
             f"heavy tails in channels {_list(heavy)}: a generator spends its capacity on rare values, and deviations "
-            "are set by them: look at the images behind the largest values, raise the KL weight (losses.kl)"
+            "are set by them: look at the images with the largest values, raise the KL weight (losses.kl)"
         )
     if min(result["shape"][1:]) >= SMALLEST_GRID and (flatness := result["spectrum"]["flatness"]) > WHITE:
         found.append(

@@ -11,7 +11,7 @@ if __name__ == "__main__":  # run as a path, Python puts ssdd/ first on sys.path
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the task that the arguments ask for; returns the exit status, 2 for errors that the user can correct."""
+    """Run the task that the arguments select; returns the exit status, 2 for errors that the user can correct."""
     import datetime
 
     from ssdd.config import SSDDConfig

@@ -190,7 +190,7 @@ def evaluate(cfg: EvidenceConfig, seed: int, folder: Path, data: list[str]) -> d
 
 def report(cfg: EvidenceConfig, plan: dict, trained: dict, results: list[dict]) -> str:
     """Markdown: one table per feature network, means over seeds with their range, then the decisive differences."""
-    lines = [f"# {cfg.name}: SSDD beside its baselines at equal data and time", ""]
+    lines = [f"# {cfg.name}: SSDD compared with its baselines at equal data and time", ""]
     lines += [
         f"`python scripts/evidence.py{changed(cfg)}`, {machine(cfg)}.",
         "",

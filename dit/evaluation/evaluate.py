@@ -60,7 +60,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         )
     _check(options)
     if options.sweep_cfg or options.sweep_steps:
-        generator_of(cfg)  # a sweep draws, also beside a given sample set
+        generator_of(cfg)  # a sweep draws, even if a sample set is given
     processes = Processes.join()
     device = processes.device
     precision = Precision.resolve(options.mixed_precision, device, measuring=True)

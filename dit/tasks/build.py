@@ -1,4 +1,4 @@
-"""What a training config asks for: the cache, the network for its latents, the objective and its images."""
+"""What a training config describes: the cache, the network for its latents, the objective and its images."""
 
 from __future__ import annotations
 

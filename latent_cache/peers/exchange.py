@@ -1,4 +1,4 @@
-"""What passes between our cache and a foreign one: a block of posteriors going out, an opened source coming in."""
+"""The data exchanged with a foreign cache: a block of posteriors going out, an opened source coming in."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Block:
 class PeerLatents:
     """An opened source: `count` latents with labels int64 [count], in files `names` below `folder`.
 
-    read(range) gives rows as a build has them before they are normalised, float32 [n, view, K, h, w], where shape is
+    read(range) gives rows as in a build, before normalisation, float32 [n, view, K, h, w], where shape is
     (K, h, w) and K is C, or with content=moments 2C.
     """
 

@@ -195,7 +195,7 @@ class LatentDataset(torch.utils.data.Dataset):
     def steps(
         self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[Step]:
-        """What `batches` of the same arguments would read, for what goes beside the latents; without their noise."""
+        """What `batches` of the same arguments would read, without noise, for data that accompanies the latents."""
         sequence = BatchSequence(self, self._order, noise=False)
         return sequence.run(lambda step: step, batch_size, seed, start_step, rank, world)
 

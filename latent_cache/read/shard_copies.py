@@ -114,7 +114,7 @@ def _written(path: Path) -> float:
 
 
 def _open_folder(remote: RemoteFolder, folder: Path, split: str) -> list[dict]:
-    """Put manifest, statistics and sidecars into the folder; returns the shards of the split as the manifest has them.
+    """Put manifest, statistics and sidecars into the folder; returns the shards of the split as in the manifest.
 
     UserError when the folder holds another cache.
     """

@@ -250,7 +250,7 @@ class FolderLock:
 
 @contextmanager
 def clear_disk_errors(root: Path) -> Iterator[None]:
-    """Turn a full or closed disk into a UserError that says what to do."""
+    """Turn a full or unwritable disk into a UserError that says what to do."""
     try:
         yield
     except SafetensorError as problem:  # the library's own form of ENOSPC

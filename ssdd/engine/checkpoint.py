@@ -131,7 +131,7 @@ def save_tensors(
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # as the umask has it; the library makes files private
+            mode = os.fstat(file.fileno()).st_mode  # as the umask allows; the library makes files private
         save_file(owned, temporary, dict(metadata) if metadata else None)
         with open(temporary, "r+b") as file:
             _sort_metadata(file)

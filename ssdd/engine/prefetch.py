@@ -37,7 +37,7 @@ PAUSE = 1.0  # seconds before the second attempt; doubles each time
 TIMEOUT = 60.0  # seconds without a byte
 BLOCK = 2**20
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-PASSING = (408, 429)  # refusals that another attempt may overcome, beside the server's own errors (5xx)
+PASSING = (408, 429)  # refusals that another attempt may overcome, besides the server's own errors (5xx)
 
 
 @dataclass

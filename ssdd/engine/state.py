@@ -23,7 +23,7 @@ from ssdd.engine.training_checks import check_identity
 
 
 class Part(Protocol):
-    """What a checkpoint keeps in a file of its own, and beside it in state.json. Every process calls."""
+    """What a checkpoint stores in its own file, and in state.json. Every process calls."""
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Live tensors, whole or sharded; without any, there is no file."""

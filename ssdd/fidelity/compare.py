@@ -45,7 +45,7 @@ def compare(
     scores: dict[str, dict[str, float]] = {}
     for row in rows:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the caller prints the floor beside the distance
+            warnings.simplefilter("ignore")  # the caller prints the floor with the distance
             scores[row] = {"frechet": frechet_distance(sets[row], sets[originals])}
             if sets[row].spatial is not None and sets[originals].spatial is not None:
                 scores[row]["spatial_frechet"] = frechet_distance(sets[row].spatial, sets[originals].spatial)

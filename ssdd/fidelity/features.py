@@ -1,4 +1,4 @@
-"""Networks that turn images into feature vectors for Frechet distance, KID, precision, recall and Inception Score."""
+"""Networks that map images to feature vectors for Frechet distance, KID, precision, recall and Inception Score."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def load_features(name: str, device: torch.device | str = "cpu") -> FeatureNetwo
 class Inception(nn.Module):
     """Inception v3 (2015, ported from TensorFlow) of torch-fidelity, with its TensorFlow-like resize.
 
-    features: layer 2048 (`pool_3`). logits: 1008 classes without the bias, as ADM's evaluator and torch-fidelity have
-    them for the Inception Score. spatial: the first 7 channels of `mixed_6/conv` (17 x 17, flattened as height, width,
+    features: layer 2048 (`pool_3`). logits: 1008 classes without the bias, as in ADM's evaluator and torch-fidelity
+    for the Inception Score. spatial: the first 7 channels of `mixed_6/conv` (17 x 17, flattened as height, width,
     channel) for sFID: the 1 x 1 branch, after its ReLU, of the block that is Mixed_6d here (mixed_3 is Mixed_6a).
     """
 

@@ -1,8 +1,8 @@
 """KID: the kernel distance between two sets of features (Binkowski et al. 2018), in float64.
 
 Two estimators. `kernel_distance` is the unbiased one over all pairs, and `kernel_bootstrap` gives its uncertainty;
-`kernel_distance_of_subsets` is what papers print: torch-fidelity's mean over random subsets of 1000 images. Both
-estimate the same number; the second one scatters with the subsets that its seed draws, and its deviation is that of
+`kernel_distance_of_subsets` is the usual estimate in papers: torch-fidelity's mean over random subsets of 1000 images.
+Both estimate the same number; the second one varies with the subsets that its seed draws, and its deviation is that of
 subsets of 1000 images, not that of the mean.
 """
 

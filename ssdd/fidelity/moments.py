@@ -131,7 +131,7 @@ class FeatureStatistics:
 class _Moments:
     """Count, mean [dim], and scatter [dim, dim] = sum of (x - mean)(x - mean)^T: float64, on one device.
 
-    Merged as by Chan et al. 1979: raw sums of squares would lose digits where means are large beside deviations.
+    Merged as by Chan et al. 1979: raw sums of squares would lose digits where means are large compared with deviations.
     """
 
     count: int

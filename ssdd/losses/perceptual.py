@@ -117,7 +117,7 @@ class DreamSim(nn.Module):
 
     The package `dreamsim` brings architecture and distance; its weights come from the search path. UserError when
     either is missing. The package runs the code of facebookresearch/dino, through torch.hub, which would download it:
-    that code has to be in the weights' folder, where someone put it who wants it run. Images become 224 px by Pillow's
+    that code must already be in the weights' folder. Images become 224 px by Pillow's
     antialiased bicubic on 8-bit pixels, as the package has it.
     """
 
@@ -165,7 +165,7 @@ def _dreamsim_folder() -> Path:
         raise UserError(
             f"{folder} lacks {' and '.join(lacking)}, which the package dreamsim fetches from the network and runs: "
             "on a connected machine `python -c \"from dreamsim import dreamsim; dreamsim(device='cpu', "
-            f"cache_dir='{folder.name}')\"`, beside that folder, adds them to it"
+            f"cache_dir='{folder.name}')\"`, run beside that folder, adds them to it"
         )
     return folder
 

@@ -69,7 +69,7 @@ DEFAULT_WINDOW = 8
 def parse_decoder(decoder: str | Mapping[str, Any]) -> tuple[DecoderSize, int]:
     """Size and attention window of a decoder given as "M", {"size": "M", "window": 8}, or with fields of `DecoderSize`.
 
-    Fields beside `size` replace those of that size. UserError for unknown names and impossible numbers.
+    Fields besides `size` replace those of that size. UserError for unknown names and impossible numbers.
     """
     options = {"size": decoder} if isinstance(decoder, str) else dict(decoder)
     window, name = options.pop("window", DEFAULT_WINDOW), options.pop("size", None)

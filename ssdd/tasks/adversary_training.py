@@ -1,4 +1,4 @@
-"""Training of the discriminator beside the decoder: its own gradients, optimizer and checkpoint files."""
+"""Training of the discriminator in addition to the decoder: its own gradients, optimizer and checkpoint files."""
 
 from __future__ import annotations
 

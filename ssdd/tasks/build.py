@@ -1,4 +1,4 @@
-"""The networks that a training config asks for: tokenizer, objective with its losses, discriminator."""
+"""The networks that a training config describes: tokenizer, objective with its losses, discriminator."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def build_encoder(cfg: SSDDConfig) -> SSDD:
 
 
 def build_discriminator(cfg: SSDDConfig) -> Discriminator | None:
-    """The adversary, where `losses.gan_disc` asks for one. UserError if the images are too small for it."""
+    """The adversary, if `losses.gan_disc` is not 0. UserError if the images are too small for it."""
     if not cfg.losses.gan_disc:
         return None
     options = cfg.gan.discriminator

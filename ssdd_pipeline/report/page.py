@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_report(cfg: PipelineConfig, stages: Sequence[Stage]) -> str:
-    """Write a pipeline's report.html beside the stages' folders; returns the table as text."""
+    """Write a pipeline's report.html next to the stages' folders; returns the table as text."""
     from ssdd_pipeline.stages import DIT, GENERATION, RECONSTRUCTION, STUDENT, TOKENIZER, curve_steps
 
     directory = Path(cfg.ckpt_dir) / cfg.name

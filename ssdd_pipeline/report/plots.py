@@ -50,7 +50,7 @@ def draw(
 ) -> Plot:
     """Curves with their intervals, and a floor as a dotted line. name: begins the ids inside the SVG.
 
-    scales: xscale, yscale as matplotlib has them; ticks: places of the ticks of x.
+    scales: xscale, yscale as in matplotlib; ticks: places of the ticks of x.
     """
     import matplotlib
     from matplotlib.figure import Figure
