@@ -39,8 +39,8 @@ class Processes:
     def join(cls, device: str = "auto", patient: bool = False) -> Processes:
         """Meet the other processes that a launcher started, if any; to be called by all of them.
 
-        device: auto (the accelerator that torch finds, else the CPU), cpu or cuda. patient: waits of hours are no
-        error. UserError where there is no such device, or accelerate is configured to shard parameters, which the
+        device: auto (the accelerator that torch finds, else the CPU), cpu or cuda. patient: waits of hours are not
+        an error. UserError where there is no such device, or accelerate is configured to shard parameters, which the
         trainers do themselves.
         """
         for name in SHARDING_LAUNCHERS:

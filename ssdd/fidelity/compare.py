@@ -71,7 +71,7 @@ def compare(
 
 
 def drawn(features: Tensor, count: int) -> Tensor:
-    """`count` rows of features [n, dim], always the same ones, in their order; all where n is no larger."""
+    """`count` rows of features [n, dim], always the same ones, in their order; all where n is not larger."""
     return features if len(features) <= count else features[drawn_indices(len(features), count)]
 
 

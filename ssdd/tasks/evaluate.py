@@ -122,9 +122,11 @@ class Evaluation:
         return result | {"pictures": pictures}
 
     def deciding(self, scores: dict[str, Any], wanted: str) -> tuple[str, float]:
-        """(metric, value where more is better) that decides what `best` is: `wanted`, or PSNR where that can't decide.
+        """(metric, value where more is better) that decides what `best` is: `wanted`, or PSNR where that cannot be
+        used.
 
-        FID can't below ten images a feature dimension, where it is mostly bias. Warns once that PSNR decides.
+        FID cannot with fewer than ten images per feature dimension, where it is mostly bias. Warns once that PSNR
+        decides.
         """
         key = "rFID" if wanted == "FID" else wanted
         needed = IMAGES_A_DIMENSION * max((n.dim for n in self.networks if n.name == "inception"), default=0)
