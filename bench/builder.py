@@ -1,4 +1,4 @@
-"""How busy building a cache keeps the encoder: `python scripts/bench.py builder`."""
+"""How busy the encoder is while a cache is built: `python scripts/bench.py builder`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FILE_SIDES = (400, 300)  # of the JPEG files, which the builder decodes and resi
 
 @dataclass
 class Settings:
-    """Building a cache of JPEG files from nothing, beside the encoder alone on the same batches in memory."""
+    """Building a cache of JPEG files from nothing, compared with the encoder alone on the same batches in memory."""
 
     images: int = 64
     """JPEG files of 400 x 300 pixels, parts of scikit-learn's photographs."""

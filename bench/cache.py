@@ -23,7 +23,7 @@ from ssdd.model.latent import LatentNorm
 
 SAMPLES, SHAPE, BATCH = 100_000, (4, 32, 32), 256
 FILES = 20_000  # of them, those that are also written to single files
-ROUNDS = 7  # of all readers in turn, so that what else the machine does hits them alike
+ROUNDS = 7  # of all readers in turn, so that other load affects them equally
 SHUFFLE = 5_000  # samples in webdataset's buffer
 STEPS, STEP_BATCH = 3, 16  # of DiT-S/2
 ROOM = 3e9  # bytes on disk

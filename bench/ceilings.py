@@ -1,4 +1,4 @@
-"""What the machine reaches at best, here and now: the ceilings that networks are held against."""
+"""The best rates that the machine reaches now: the ceilings that networks are compared with."""
 
 from __future__ import annotations
 

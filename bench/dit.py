@@ -1,4 +1,4 @@
-"""Training steps of our DiT beside diffusers': `python scripts/bench.py dit key=value`."""
+"""Training steps of our DiT compared with diffusers': `python scripts/bench.py dit key=value`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ COLUMNS = (
 @dataclass
 class Settings:
     """Forward, velocity loss, backward and AdamW as `task=train` makes them, on latents of 4 x 32 x 32; each network
-    in a process of its own."""
+    in its own process."""
 
     model: list[str] = field(default_factory=lambda: ["DiT-S/2", "DiT-B/2"], metadata={"choices": NAMES})
     """Sizes, one table row each."""
@@ -69,13 +69,13 @@ class Settings:
     batch: int = 16
     """Latents per step."""
     rounds: int = 5
-    """Rounds that count; networks alternate, so that what else the machine does hits both alike."""
+    """Rounds that count; networks alternate, so that other load on the machine affects both equally."""
     json: str | None = None
     """File for the results."""
 
 
 class Diffusers(nn.Module):
-    """diffusers' DiT of the shape of `ours`, called as ours is; it predicts the velocity at 1000 t."""
+    """diffusers' DiT of the shape of `ours`, called like it; it predicts the velocity at 1000 t."""
 
     convention = convention("flow", 1000.0)
 

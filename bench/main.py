@@ -1,8 +1,9 @@
 """Measure speed and memory on this machine: `python scripts/bench.py tokenizer|dit|pipeline|builder|cache|scaling`.
 
-tokenizer: our decoders, our encoder or a training step beside diffusers' autoencoders, eager or compiled, float32 or
+tokenizer: our decoders, our encoder or a training step compared with diffusers' autoencoders, eager or compiled,
+float32 or
     bfloat16: `tokenizer decoder=[S,M] dtype=[float32,bfloat16] compile=[false,true]`.
-dit: a training step of our DiT beside one of diffusers' of the same shape: `dit model=DiT-S/2 dtype=bfloat16
+dit: a training step of our DiT compared with diffusers' DiT of the same shape: `dit model=DiT-S/2 dtype=bfloat16
     compile=true batch=16 rounds=5`.
 pipeline: sampling from class to image with f16c4 latents and our one-step decoder beside f8c4 and AutoencoderKL.
 builder: a cache built from JPEG files beside the encoder alone.
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str]) -> int:
-    """The measurement's exit status; UserError for what the user can mend."""
+    """The measurement's exit status; UserError for what the user can correct."""
     if argv == ["scaling"]:
         return scaling()
     if argv == ["cache"]:

@@ -1,6 +1,6 @@
-"""The tokenizers that are measured: ours and diffusers' autoencoders, with random weights, as a user has them.
+"""The tokenizers that are measured: ours and diffusers' autoencoders, with random weights.
 
-Speed depends on weights only where they are zero: what training starts at zero is drawn like the rest.
+Speed depends on weights only where they are zero: parameters that training initialises to zero are drawn like the rest.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def fill_zeros(network: nn.Module) -> None:
 def build(name: str, encoder: str, dtype: str, channels_last: bool, device: torch.device) -> tuple[nn.Module, int, int]:
     """The network, and stride and channels of its latents. name: SSDD-<decoder size> or a peer.
 
-    channels_last is for the peers; ours lays itself out.
+    channels_last is for the peers; our networks choose their own layout.
     """
     torch.manual_seed(0)
     diffusers = import_diffusers(required=name in PEERS)

@@ -71,11 +71,11 @@ class Settings:
     side: int = 256
     """Pixels of the image's sides."""
     batch: int = 4
-    """Images at once."""
+    """Images per batch."""
     steps: int = 50
     """Euler steps of the DiT."""
     cfg_scale: float = 1.5
-    """Scale of classifier-free guidance; 1 is none, and half the work."""
+    """Scale of classifier-free guidance; 1 disables it and halves the work."""
     dtype: str = field(default="float32", metadata={"choices": tuple(DTYPES)})
     """bfloat16: autocast of the DiT, as dit/main.py samples, and decoder weights of that type."""
     compile: bool = False

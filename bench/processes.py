@@ -1,7 +1,7 @@
-"""Networks measured in turn, each in a process of its own: its peak memory is its own, and other load hits all alike.
+"""Networks measured in turn, each in its own process: its peak memory is its own, and other load affects all equally.
 
 A child gets its job as JSON, prepares it and writes one line of JSON about it. Then, for every line it reads, it works
-once and answers with the seconds of each stage and its peak memory. Children start side by side, but never work so.
+once and replies with the seconds of each stage and its peak memory. Children start side by side, but never work so.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Child:
 
     def work(self) -> dict[str, Any]:
         """Once: `stages`, seconds of each, and `peak_memory_bytes`."""
-        with suppress(BrokenPipeError):  # then the answer is missing, too
+        with suppress(BrokenPipeError):  # then the reply is missing, too
             print(file=self.process.stdin, flush=True)
         return self.answer()
 
@@ -96,7 +96,7 @@ class Child:
 def serve(job: dict[str, Any]) -> int:
     """The child's side, until its input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not a reply
     device = bench_device()
 
     def answer(content: dict[str, Any]) -> None:

@@ -67,12 +67,12 @@ def rates(seconds: Sequence[float], images: int) -> dict[str, Any]:
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """How many times as fast we are: the median over rounds, which other load on the machine hits both alike."""
+    """How many times as fast we are: the median over rounds, which other load on the machine affects both equally."""
     return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
 
 
 def form(compiled: bool) -> str:
-    """How a table says whether torch.compile is on."""
+    """How a table shows whether torch.compile is on."""
     return "compiled" if compiled else "eager"
 
 
@@ -96,7 +96,7 @@ def print_machine(device: torch.device) -> None:
 
 
 def _processor() -> str:
-    """The CPU's name as Linux tells it."""
+    """The CPU's name as recorded by Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

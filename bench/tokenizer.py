@@ -1,6 +1,6 @@
-"""Tokenizers beside diffusers' autoencoders: `python scripts/bench.py tokenizer key=value`.
+"""Tokenizers compared with diffusers' autoencoders: `python scripts/bench.py tokenizer key=value`.
 
-Every network has random weights. Parameters are those of the half at work. GFLOP are of one image as it is computed;
+Every network has random weights. Parameters are those of the half that runs. GFLOP are of one image as it is computed;
 "of peak" holds the best rate against the best that a matrix product or a convolution reached in the same run. "/ KL" is
 the network's rate by that of AutoencoderKL, the median over rounds. Peak memory is the process's, on CUDA the device's.
 """
@@ -50,7 +50,8 @@ class Settings:
 
     task: str = field(default="decode", metadata={"choices": TASKS})
     """decode: latents to images. encode: images to posteriors; one encoder, whatever the decoders. train: a step of
-    flow matching alone, with backward pass and optimizer, beside the plain form of the same decoder (no peers)."""
+    flow matching alone, with backward pass and optimizer, compared with the plain form of the same decoder (no
+    peers)."""
     decoder: list[str] = field(default_factory=lambda: ["S", "M"], metadata={"choices": tuple(DECODER_SIZES)})
     """Decoder sizes."""
     encoder: str = "f8c4"
@@ -64,11 +65,11 @@ class Settings:
     compile: list[bool] = field(default_factory=lambda: [False], metadata={"choices": (False, True)})
     """torch.compile all networks."""
     batch: list[int] = field(default_factory=lambda: [1])
-    """Images at once."""
+    """Images per batch."""
     steps: list[int] = field(default_factory=lambda: [1])
     """Steps of our decoders in task=decode, one row each."""
     rounds: int = 5
-    """Rounds that count; networks alternate, so that what else the machine does hits all alike."""
+    """Rounds that count; networks alternate, so that other load on the machine affects all equally."""
     json: str | None = None
     """File for the results."""
 

@@ -108,7 +108,7 @@ def training(job: Job, device: torch.device) -> Work:
 
 
 def plain_decoder() -> type[torch.nn.Module]:
-    """The plain form of our decoder, which tests hold it against. UserError outside of a checkout."""
+    """The plain form of our decoder, which tests compare it with. UserError outside of a checkout."""
     try:
         from tests.plain_decoder import PlainDecoder
     except ImportError:

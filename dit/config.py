@@ -34,7 +34,7 @@ class ModelConfig:
     swiglu: bool = False
     """Gated MLP of as many parameters (LightningDiT)."""
     rope: bool = False
-    """Rotary embedding of row and column in the attention, beside the position table (LightningDiT)."""
+    """Rotary embedding of row and column in the attention, in addition to the position table (LightningDiT)."""
     wo_shift: bool = False
     """adaLN without shifts (LightningDiT)."""
     checkpoint: str | None = None
@@ -236,7 +236,7 @@ class EvaluationConfig:
     cache: str | None = None
     """Folder for statistics of real images, measured once; null: ckpt_dir/cache/statistics."""
     classifier: str | None = None
-    """File that `ssdd/main.py task=classifier` wrote on real images: count how often it sees the asked class."""
+    """File that `ssdd/main.py task=classifier` wrote on real images: counts how often it sees the requested class."""
     baseline_numbers: int | None = None
     """Add a baseline row: samples of one Gaussian per class in a PCA space of this many dimensions; null disables
     it."""

@@ -1,11 +1,11 @@
 """Checkpoints of facebookresearch/DiT, SiT, REPA and LightningDiT in, and ours out in their layout.
 
-The tensors need no conversion, for our names and shapes are theirs. What differs is what a network's time and output
-mean: that is kept as the model's `convention` (`dit.time_convention`), so that a loaded model samples with our
+The tensors need no conversion, because our names and shapes are the same. What differs is what a network's time and
+output mean: this is kept as the model's `convention` (`dit.time_convention`), so that a loaded model samples with our
 samplers.
 
-A file holds latents' scale nowhere: DiT, SiT and REPA model SD-VAE latents times 0.18215, LightningDiT those of
-VA-VAE, normalised per channel. Guidance on the first three channels, as their tables use, is
+A file does not record the scale of its latents: DiT, SiT and REPA model SD-VAE latents times 0.18215, LightningDiT
+those of VA-VAE, normalised per channel. Guidance on the first three channels, as their tables use, is
 `sampling.cfg_channels=3`; DiT's noise predictors like `sampling.shift=3.4`.
 """
 
@@ -52,12 +52,12 @@ def load_dit(
 
     path: `.safetensors`, or a torch file with a bare state dict or {"model", "ema", "opt", "args" ...}. Nothing in it
     is executed: besides tensors and plain values, `argparse.Namespace` alone is let through.
-    family: "dit", "sit", "repa" or "lightningdit". By default it is told from the file: projectors mean REPA (they are
-    dropped), LightningDiT's layers LightningDiT, recorded arguments the model that they name. A bare file in the plain
-    layout does not say whether it predicts noise or velocity, which makes `family` an argument to give.
+    family: "dit", "sit", "repa" or "lightningdit". By default it is inferred from the file: projectors mean REPA (they
+    are dropped), LightningDiT's layers LightningDiT, recorded arguments the model that they name. A bare file in the
+    plain layout does not record whether it predicts noise or velocity; `family` must then be given.
     input_size: latent side or (height, width) to use it for, by default what it was trained on; see
     `DiT.from_pretrained`. in_channels, num_classes: what the caller's latents have, to be checked.
-    heads: number of attention heads, which a file without qk-norm and rotary embedding does not tell; the published
+    heads: number of attention heads, which a file without qk-norm and rotary embedding does not record; the published
     depths and widths are known.
     The label table's last row is taken as the null class, unless it has exactly `num_classes` rows. REPA's and SiT's
     straight path with a velocity is what can be read, no other path or prediction.
@@ -65,7 +65,7 @@ def load_dit(
     """
     path = Path(path)
     if family is not None and family not in FAMILIES:
-        raise UserError(f"family={family!r} is none of {', '.join(FAMILIES)}")
+        raise UserError(f"family={family!r}: expected one of {', '.join(FAMILIES)}")
     if (config := read_config(path)) is not None:
         if family is not None:
             raise UserError(f"{path} is a file of this project, which records its convention; leave out {family=}")
@@ -73,7 +73,7 @@ def load_dit(
         return DiT.from_weights(config, load_tensors(path), path, input_size)
     weights, record = _read_checkpoint(path)
     if projectors := [key for key in weights if key.startswith("projectors.")]:
-        log.warning("%s: left out REPA's %d projector tensors, which only its training uses", path, len(projectors))
+        log.warning("%s: ignored REPA's %d projector tensors, which only its training uses", path, len(projectors))
     family = family or _family(weights, record, path)
     _check_path(record, family, path)
     weights = {key: value for key, value in weights.items() if not key.startswith("projectors.")}
@@ -96,14 +96,14 @@ def export_dit(model: DiT, path: str | Path, layout: str = "dit") -> Path:
     - layout "sit": for SiT's and LightningDiT's own samplers, whose network is given t' = 1 - t in [0, 1]. The
       reversal of time is exact: cos and sin of w (1 - t') are a rotation of cos and sin of w t', which goes into the
       first linear layer of the time embedding; so is REPA's sign, which goes into the last. The factor of 1000 is not:
-      the sinusoids of 1000 t' are no linear functions of those of t'. So models of time_scale 1 alone can be
+      the sinusoids of 1000 t' are not linear functions of those of t'. So models of time_scale 1 alone can be
       exported (train with model.time_scale=1), and noise predictors cannot. Build SiT with the `learn_sigma` of the
       metadata.
     UserError where a layout cannot express the model.
     """
     path = Path(path)
     if layout not in LAYOUTS:
-        raise UserError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
+        raise UserError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: the export is a safetensors file; give a name that ends in .safetensors")
     weights, config = dict(model.state_dict()), dict(model.config)
@@ -123,11 +123,11 @@ def export_dit(model: DiT, path: str | Path, layout: str = "dit") -> Path:
 def _as_sit(weights: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and config that compute the same velocity under SiT's convention."""
     if config["convention"] == "ddpm":
-        raise UserError('a noise predictor is no velocity field of SiT\'s path; export it with layout="dit"')
+        raise UserError('a noise predictor is not a velocity field of SiT\'s path; export it with layout="dit"')
     if config["time_scale"] != 1:
         raise UserError(
-            f"SiT feeds its network t in [0, 1], and this one was trained on {config['time_scale']:g} t: no change of "
-            'weights makes up for that. Train with model.time_scale=1, or export with layout="dit"'
+            f"SiT feeds its network t in [0, 1], and this one was trained on {config['time_scale']:g} t: the "
+            'weights cannot be converted. Train with model.time_scale=1, or export with layout="dit"'
         )
     if config["convention"] in ("flow", "repa"):
         first = weights["t_embedder.mlp.0.weight"].double()
@@ -198,7 +198,7 @@ def _family(weights: Mapping[str, Tensor], record: Mapping[str, Any], path: Path
             return family
     raise UserError(
         f"{path} may be a noise predictor or a velocity field: the tensors of DiT, SiT and REPA have the same names, "
-        "and the file records no arguments. Say whose code trained it: family=dit, sit, repa or lightningdit "
+        "and the file records no arguments. Name the code that trained it: family=dit, sit, repa or lightningdit "
         "(task=sample: sampling.family=...)"
     )
 
@@ -224,7 +224,7 @@ def _architecture(
     needed = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight")
     needed += ("final_layer.linear.weight", "blocks.0.adaLN_modulation.1.weight")
     if missing := [key for key in needed if key not in weights]:
-        raise UserError(f"{path} is no DiT, SiT, REPA or LightningDiT: it lacks {', '.join(missing)}")
+        raise UserError(f"{path} is not a DiT, SiT, REPA or LightningDiT checkpoint: it lacks {', '.join(missing)}")
     width, channels, patch = weights["x_embedder.proj.weight"].shape[:3]
     depth = 1 + max(int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key)))
     outputs = len(weights["final_layer.linear.weight"]) // patch**2
@@ -239,8 +239,8 @@ def _architecture(
     heads = heads or known_heads
     if heads is None:
         raise UserError(
-            f"{path}: {depth} blocks of width {width} are no published size, and the number of attention heads cannot "
-            "be told from the weights; give load_dit(..., heads=N)"
+            f"{path}: {depth} blocks of width {width} are not a published size, and the number of attention "
+            "heads cannot be inferred from the weights; give load_dit(..., heads=N)"
         )
     rows = len(weights["y_embedder.embedding_table.weight"])
     return {
@@ -265,7 +265,8 @@ def _architecture(
 def _grid(table: Tensor, patch: int, path: Path, input_size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of tokens that a position table [1, T, h] is for.
 
-    The sine-cosine table tells them; another one is of `input_size` if that has as many tokens, or else square.
+    They are inferred from a sine-cosine table; any other table is for `input_size` if that has as many tokens, or
+    else square.
     """
     tokens, dim = table.shape[1:]
     divisors = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
@@ -278,7 +279,7 @@ def _grid(table: Tensor, patch: int, path: Path, input_size: int | tuple[int, in
         if (height // patch) * (width // patch) == tokens:
             return height // patch, width // patch
     if math.isqrt(tokens) ** 2 != tokens:
-        raise UserError(f"{path} has {tokens} learned positions, no square; give the input_size it was trained on")
+        raise UserError(f"{path} has {tokens} learned positions, not a square number; give its input_size in training")
     return grids[0]
 
 
@@ -290,6 +291,6 @@ def _check_wanted(config: Mapping[str, Any], path: Path, in_channels: int | None
         )
     if num_classes is not None and config["num_classes"] != num_classes:
         raise UserError(
-            f"{path} knows {config['num_classes']} classes, not {num_classes}: sample it with its own "
+            f"{path} has {config['num_classes']} classes, not {num_classes}: sample it with its own "
             f"(num_classes={config['num_classes']}), or train another label table (model.reset_labels=true)"
         )

@@ -72,8 +72,9 @@ def guided_velocity(
         )
     if guide is not None and (guide.in_channels, guide.num_classes) != (model.in_channels, model.num_classes):
         raise UserError(
-            f"sampling.guide has {guide.in_channels} latent channels and {guide.num_classes} classes, the model "
-            f"guided by it {model.in_channels} and {model.num_classes}; a guide is a weaker model of the same latents"
+            f"sampling.guide has {guide.in_channels} latent channels and {guide.num_classes} classes, "
+            f"the guided model {model.in_channels} and {model.num_classes}; a guide must be a weaker model of the same "
+            "latents"
         )
     channels = model.in_channels if cfg_channels is None else cfg_channels
     labels = torch.cat([y, torch.full_like(y, model.num_classes)]) if classifier_free else y
@@ -105,7 +106,7 @@ def split_by_interval(
 
     A step t_i -> t_{i+1} is inside when low < t_i <= high (as in Kynkäänniemi et al. 2024), for all evaluations
     of its solver; times compare as the float32 numbers that grids hold.
-    UserError when the interval is not one.
+    UserError when the interval is invalid.
     """
     low, high = interval
     if not 0.0 <= low <= high <= 1.0:

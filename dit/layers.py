@@ -105,7 +105,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequency_dim // 2
-        # float32 whatever the module's dtype: bfloat16 cannot tell 871 from 872.
+        # float32 whatever the module's dtype: bfloat16 cannot distinguish 871 from 872.
         frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000.0) / half))
         angles = t.float().unsqueeze(1) * frequencies
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotary(q), rotary(k)
-        # Under autocast LayerNorm answers in float32; attention wants one dtype.
+        # Under autocast LayerNorm returns float32; attention needs one dtype.
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)  # [B, heads, T, h / heads]
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -212,8 +212,8 @@ class SwiGLU(nn.Module):
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT section 3.2).
 
-    `swiglu` replaces the MLP of width 4h by a gated one of as many parameters, int(2/3 4h) wide. `wo_shift` leaves the
-    shifts of adaLN out: its linear layer gives scale, gate (attention), scale, gate (MLP).
+    `swiglu` replaces the MLP of width 4h by a gated one of as many parameters, int(2/3 4h) wide. `wo_shift` omits the
+    shifts of adaLN: its linear layer gives scale, gate (attention), scale, gate (MLP).
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 Keys and shapes of the state dict are those of facebookresearch/DiT and SiT, and with the options of LightningDiT those
 of LightningDiT. The network is raw: `t` is what its checkpoint expects (0..999 for DiT, [0, 1] for SiT, 1000 t for
-ours); whoever integrates asks its `convention`. Label dropout is the trainer's business: the null class is simply label
+ours); the integrator uses its `convention`. Label dropout is left to the trainer: the null class is simply label
 `num_classes`.
 """
 
@@ -35,7 +35,7 @@ from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.recompute import run_block
 
 # name: (depth, width, heads). S to XL are the paper's (table 1), 1p0B and 1p6B LightningDiT's (1.0 and 1.6 billion
-# parameters); XXS and XS are ours, for digits on a laptop.
+# parameters); XXS and XS are additions, for digits on a laptop.
 SIZES = {
     "XXS": (4, 128, 2),
     "XS": (6, 192, 3),
@@ -97,7 +97,7 @@ class DiT(nn.Module):
         if rope and width // heads % 4:
             raise UserError(f"{name or 'DiT'}: rope needs {width} / {heads} channels per head to divide by 4")
         if convention not in CONVENTIONS:
-            raise UserError(f"{name or 'DiT'}: convention={convention!r} is none of {', '.join(CONVENTIONS)}")
+            raise UserError(f"{name or 'DiT'}: convention={convention!r}: expected one of {', '.join(CONVENTIONS)}")
         self.config = {
             "name": name,
             "depth": depth,
@@ -231,7 +231,7 @@ class DiT(nn.Module):
     ) -> DiT:
         """Load a model of ours, in eval mode on the CPU, from a file, a folder (EMA weights preferred) or a run name.
 
-        `input_size` asks for latents of another size than it was trained on: its position tables are made for the new
+        `input_size` sets another latent size than it was trained on: its position tables are made for the new
         grid (`resize_positions`; rotary ones are computed). `dit.foreign_checkpoints.load_dit` reads other people's
         files.
         UserError when there is no such file, it carries no DiT config, or its weights are not those of its config.

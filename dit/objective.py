@@ -1,4 +1,4 @@
-"""The training objective of the generators: flow matching on latents, with what may stand beside it.
+"""The training objective of the generators: flow matching on latents, with its optional extra terms.
 
 An objective is a module that holds the networks and maps (latents, labels, draws) to loss terms, so that wrappers for
 several devices see one forward pass.

@@ -157,7 +157,7 @@ def _dormand_prince(
         growth = (0.9 * error**-0.2).nan_to_num(nan=1.0).clamp(min=0.2)
         dt = dt * growth.minimum(torch.where(accepted, 10.0, 1.0))
     raise UserError(
-        f"the adaptive solver has not come from t={start} to t={end} in {max_steps} steps with rtol={rtol:g} and "
+        f"the adaptive solver did not get from t={start} to t={end} in {max_steps} steps with rtol={rtol:g} and "
         f"atol={atol:g}: give larger sampling.rtol and sampling.atol (float32 ends near 1e-6), or sampling.sampler=heun"
     )
 

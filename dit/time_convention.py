@@ -1,8 +1,8 @@
 """What a network's time, input and output mean: the border between checkpoints of all kinds and our velocity field.
 
-Ours is v = x - eps at x_t = (1 - t) x + t eps, with t = 1 the noise. A network stays as raw as its file has it; whoever
-samples feeds it `inputs(x_t, t)` and turns its answer into v by `velocity(out, x_t, t)`. Guidance is the same before
-and after: v is an affine function of the answer.
+Ours is v = x - eps at x_t = (1 - t) x + t eps, with t = 1 the noise. A network stays as raw as in its file;
+samplers feed it `inputs(x_t, t)` and convert its output into v by `velocity(out, x_t, t)`. Guidance is the same before
+and after: v is an affine function of the output.
 
 | name | of | network sees | and predicts |
 |---|---|---|---|

@@ -17,10 +17,10 @@ from ssdd.engine.schema_help import help_text
 COMMANDS = {
     "build": (BuildConfig, "Encode images once and store their normalised latents in WebDataset shards."),
     "info": (InfoConfig, "Print what a cache holds."),
-    "verify": (VerifyConfig, "Check that a cache is whole; the exit status is 1 if it is not."),
+    "verify": (VerifyConfig, "Check that a cache is complete and intact; the exit status is 1 if not."),
     "stats": (
         StatsConfig,
-        "Is this latent any good? Channels, tails, spectrum, information, and remedies.",
+        "Diagnose the latents: channels, tails, spectrum, information, and remedies.",
     ),
     "export": (ExportConfig, "Write a cache in the layout of fast-DiT, LightningDiT, REPA or MAR."),
     "import": (ImportConfig, "Make a cache from one of fast-DiT, LightningDiT or REPA."),
@@ -132,7 +132,7 @@ def _info(cfg: InfoConfig) -> int:
         "size": f"{size / 1e6:.1f} MB",
         **{
             split: f"{entry['count']} samples in {len(entry['shards'])} shards"
-            + (f", {len(entry['skipped'])} unreadable images left out" if entry["skipped"] else "")
+            + (f", {len(entry['skipped'])} unreadable images skipped" if entry["skipped"] else "")
             for split, entry in manifest["splits"].items()
         },
     }

@@ -1,4 +1,4 @@
-"""Is this latent any good? What the stored latents themselves say about how well a generator will learn them.
+"""Diagnosis of a cache: what the stored latents show about how well a generator will learn them.
 
 All figures are of the latent that a generator sees: normalised, and with content=moments *sampled*, z = mu + sigma eps.
 The noise is never drawn: expectations over it are taken in closed form, so equal caches give equal figures. Only

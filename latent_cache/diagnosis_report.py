@@ -39,7 +39,7 @@ def warnings_of(result: dict[str, Any]) -> list[str]:
     if heavy:
         found.append(
             f"heavy tails in channels {_list(heavy)}: a generator spends its capacity on rare values, and deviations "
-            "are set by them: look at the images behind the largest values, raise the KL weight (losses.kl)"
+            "are set by them: look at the images with the largest values, raise the KL weight (losses.kl)"
         )
     if min(result["shape"][1:]) >= SMALLEST_GRID and (flatness := result["spectrum"]["flatness"]) > WHITE:
         found.append(
@@ -50,14 +50,14 @@ def warnings_of(result: dict[str, Any]) -> list[str]:
     if abs(worst["r"]) > CORRELATED:
         first, second = worst["channels"]
         found.append(
-            f"channels {first} and {second} correlate by {worst['r']:.2f}: they hold the same thing twice: take a "
-            "tokenizer with fewer channels, or raise the KL weight (losses.kl)"
+            f"channels {first} and {second} correlate by {worst['r']:.2f}: they hold the same information twice: use "
+            "a tokenizer with fewer channels, or raise the KL weight (losses.kl)"
         )
     return found
 
 
 def table(result: dict[str, Any]) -> str:
-    """A page for people."""
+    """A readable page."""
     channels, posterior = result["channels"], result["posterior"]
     shape = " x ".join(map(str, result["shape"]))
     columns = {

@@ -36,7 +36,7 @@ def write_manifest(folder: Path, settings: dict, shards: dict[str, list[dict]], 
 
 
 def load_manifest(folder: str | Path) -> dict:
-    """Read and check the manifest of a cache. UserError when there is none, or one that this code can't trust."""
+    """Read and check the manifest of a cache. UserError when there is none, or one that this code can't read."""
     folder = Path(folder)
     path = folder / MANIFEST
     check_regular(path)

@@ -142,7 +142,7 @@ class Shard:
         expected = layout.file_bytes(len(samples))
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
-            raise UserError(f"{path} {found}: copy it again from where it is whole, or build the cache again")
+            raise UserError(f"{path} {found}: copy it again from an intact one, or build the cache again")
         mapped = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
         self.memory = memoryview(mapped)
         self.records = mapped[: len(samples) * layout.record.itemsize].view(layout.record)
@@ -160,7 +160,7 @@ class Shard:
         for name, header in expected.items():
             if record[name].tobytes() != header:
                 raise UserError(
-                    f"{self.path}: sample {self.samples[row]} is not what the manifest says (header {name}): the file "
+                    f"{self.path}: sample {self.samples[row]} does not match the manifest (header {name}): the file "
                     "is damaged or belongs to another cache; run `python -m latent_cache verify`"
                 )
 
@@ -169,7 +169,7 @@ class Shard:
         return self.records[view][numbers].reshape(len(numbers), *self.layout.shape)
 
     def labels(self, numbers: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Class labels of samples number `numbers` of this shard: int64 [n]. UserError for one that is no number."""
+        """Class labels of samples number `numbers` of this shard: int64 [n]. UserError for one that is not a number."""
         try:
             return self.records["cls"][numbers].astype(np.int64)
         except ValueError as problem:

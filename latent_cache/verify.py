@@ -1,4 +1,4 @@
-"""Is this cache whole? Every file is held against the manifest, by size and count or by checksum."""
+"""Is this cache complete? Every file is compared with the manifest, by size and count or by checksum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def verify(folder: str | Path, mode: str = "full") -> list[str]:
     """Everything that is wrong with a cache, one line each; [] if it is whole.
 
     mode: "quick" checks names, counts and sizes, "full" also the sha256 of every shard. UserError when there is no
-    manifest to hold the files against.
+    manifest to compare the files with.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -59,7 +59,7 @@ def _shard_problems(tar: Path, layout: ShardLayout, samples: range, entry: dict,
     try:
         Shard(tar, layout, samples)
         if read_json(sidecar) != entry:
-            yield f"{sidecar} is not what the manifest says: this shard belongs to another cache"
+            yield f"{sidecar} does not match the manifest: this shard belongs to another cache"
     except UserError as problem:
         yield str(problem)
         return

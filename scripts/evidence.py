@@ -1,4 +1,4 @@
-"""SSDD beside its baselines: `python scripts/evidence.py minutes=55`, see ssdd_pipeline.evidence."""
+"""SSDD compared with its baselines: `python scripts/evidence.py minutes=55`, see ssdd_pipeline.evidence."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""SSDD beside its baselines at equal data and time: `python scripts/evidence.py minutes=55`.
+"""SSDD compared with its baselines at equal data and time: `python scripts/evidence.py minutes=55`.
 
 One encoder is trained once and frozen. Then, for every seed: a teacher and the student distilled from it, and for the
 time that both took together one direct decoder (one step from noise to real images) and one KL-VAE decoder. Jobs run
@@ -54,7 +54,7 @@ class EvidenceConfig:
     seeds: int = 3
     """Number of seeds of the decoders; the encoder is shared."""
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Jobs at once, one thread each."""
+    """Jobs that run at the same time, one thread each."""
     dataset: DatasetConfig = field(default_factory=fashion_mnist)
     """Images."""
     encoder: str = "f8c4"

@@ -93,7 +93,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def watch(self, process: int) -> None:
-        """Pass signals on to `process`, one that came while it was being started included."""
+        """Pass signals on to `process`, including one received while it was being started."""
         self.process = process
         if self.received:
             os.kill(process, signal.SIGTERM)
@@ -111,7 +111,7 @@ def hold_lock(root: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"{root}: another pipeline, or a stage that a killed one left running, is at work; waiting", flush=True)
+        print(f"{root}: another pipeline, or a stage that a killed one left running, is running; waiting", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 
@@ -173,9 +173,9 @@ def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, l
 
 
 def largest_peak(process: int) -> int:
-    """Peak memory in bytes of the largest among a process and its descendants, 0 where Linux does not tell.
+    """Peak memory in bytes of the largest among a process and its descendants, 0 where it is not recorded (not Linux).
 
-    Asked while it runs: what `wait4` tells afterwards begins with the peak of this process, which started it.
+    Asked while it runs: what `wait4` reports afterwards begins with the peak of this process, which started it.
     """
     from ssdd.engine.devices import resident_peak
 

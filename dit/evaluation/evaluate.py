@@ -60,7 +60,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         )
     _check(options)
     if options.sweep_cfg or options.sweep_steps:
-        generator_of(cfg)  # a sweep draws, also beside a given sample set
+        generator_of(cfg)  # a sweep draws, even if a sample set is given
     processes = Processes.join()
     device = processes.device
     precision = Precision.resolve(options.mixed_precision, device, measuring=True)
@@ -69,7 +69,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     networks = load_networks(options.features, device)
     judge = SmallClassifier.load(options.classifier).to(device) if options.classifier else None
     if options.features and not networks:
-        raise UserError("no feature network has its weights on this machine; name one in evaluation.features")
+        raise UserError("no weights of a feature network were found; name one in evaluation.features")
     out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
     cache = Path(options.cache) if options.cache else Path(cfg.ckpt_dir) / "cache" / "statistics"
     of_real = Measuring(networks, processes, precision, options.batch_size, options.kept_features)
@@ -167,23 +167,23 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
 
 
 def _check(options: EvaluationConfig) -> None:
-    """UserError for numbers that mean nothing, before anything is loaded."""
+    """UserError for invalid numbers, before anything is loaded."""
     if min(options.kept_features, options.sweep_n, options.resamples) < 2 or options.batch_size < 1:
         raise UserError(
             "evaluation.kept_features, sweep_n and resamples must be at least 2, evaluation.batch_size at least 1"
         )
     if any(level < 0 for level in options.latent_noise):
-        raise UserError(f"evaluation.latent_noise={options.latent_noise}: standard deviations are not negative")
+        raise UserError(f"evaluation.latent_noise={options.latent_noise}: standard deviations must not be negative")
     if options.latent_noise and not options.held_out:
         raise UserError("evaluation.latent_noise reconstructs held-out images: it needs evaluation.held_out=true")
 
 
 def _check_classes(classifier: SmallClassifier, samples: SampleSet, path: str) -> None:
-    """UserError if the network that says what class an image shows does not know all classes of the samples."""
+    """UserError if the classifier does not know all classes of the samples."""
     if (largest := int(samples.labels.max())) >= classifier.num_classes:
         raise UserError(
-            f"evaluation.classifier={path} knows classes 0 to {classifier.num_classes - 1}, samples have label "
-            f"{largest}: train one on their data set (ssdd/main.py task=classifier)"
+            f"evaluation.classifier={path} was trained on classes 0 to {classifier.num_classes - 1}, samples have "
+            f"label {largest}: train one on their data set (ssdd/main.py task=classifier)"
         )
 
 
@@ -228,7 +228,7 @@ def _baseline(
 
 
 def _speed(table_rows: list[dict], sets: dict[str, ImageSetFolder], rows: list[Row], samples: SampleSet) -> None:
-    """Steps, class accuracy, and what an image costs to draw and to decode."""
+    """Steps, class accuracy, and the cost per image of drawing and decoding."""
     steps = {row.name: row.steps for row in rows}
     drawing = samples.samples_per_s()
     for row in table_rows:
@@ -282,7 +282,7 @@ def _smaller_floor(held_out: RealImages | None, count: int) -> str | None:
         return None
     return (
         f"the floor is that of {len(held_out.dataset)} held-out images: its Frechet distances have more "
-        f"bias than those of {count} samples, and ratios to it flatter them"
+        f"bias than those of {count} samples, and ratios to it are too favourable"
     )
 
 

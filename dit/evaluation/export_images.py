@@ -1,4 +1,4 @@
-"""Decoded images for other people's evaluators: ADM's npz, written as a stream, and folders of PNG files."""
+"""Decoded images for external evaluators: ADM's npz, written as a stream, and folders of PNG files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The generation gap: what a decoder loses on latents that a generator drew, beside those of real images.
+"""The generation gap: what a decoder loses on latents that a generator drew, compared with those of real images.
 
 Held-out images are encoded, and every decoder reconstructs them, as they are and with noise on the latents. gFID minus
-rFID is the gap; how fast distances grow with the noise says which decoder forgives a generator's errors.
+rFID is the gap; how fast distances grow with the noise shows how robust a decoder is to a generator's errors.
 """
 
 from __future__ import annotations

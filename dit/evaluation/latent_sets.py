@@ -58,7 +58,7 @@ class SampleSet:
             return file.get_slice("z_n")[indices.start : indices.stop], torch.tensor(indices)
 
     def samples_per_s(self) -> float | None:
-        """How fast it was drawn, by all processes together; None for a set that does not say."""
+        """How fast it was drawn, by all processes together; None for a set that does not record it."""
         told = self.folder / "speed.json"
         return read_json(told)["samples_per_s"] if told.is_file() else None
 
@@ -93,7 +93,7 @@ def open_samples(cfg: DiTConfig, rows: Sequence[Row]) -> SampleSet:
 
 
 def images_behind(cfg: DiTConfig) -> dict | None:
-    """What the cache that the generator was trained on says of its images; None for files that tell nothing."""
+    """The record of the images in the cache that the generator was trained on; None for files without one."""
     if cfg.samples is not None:
         return read_json(Path(cfg.samples) / "sample_set.json").get("images")
     return sample.trained_on(generator_of(cfg)).get("images")

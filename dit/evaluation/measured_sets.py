@@ -1,4 +1,4 @@
-"""A set of images made chunk by chunk, and what feature networks say of it; resumable, and no image stays.
+"""A set of images made chunk by chunk, and its statistics on feature networks; resumable, no image is stored.
 
 A chunk file holds the networks' outputs of its images. From all of them, in the order of the chunks, come moments
 and kept features: the same bits on any number of processes, and however often the work was interrupted.
@@ -65,7 +65,7 @@ class Export:
 class ImageSetFolder:
     """One set: `measure` in all processes, `finish` in the main one, then its figures can be read.
 
-    request: all that its images depend on. judge: counts how often it sees the label that was asked for. shown: images
+    request: all that its images depend on. judge: counts how often it sees the requested label. shown: images
     that pictures show. What `finish` wrote for the same request is used again.
     """
 
@@ -110,7 +110,7 @@ class ImageSetFolder:
     def measure(self) -> None:
         """Make what is missing; every process its own chunks. Returns when all chunks are there."""
         processes = self.measuring.processes
-        processes.wait()  # nobody looks for finished work any more
+        processes.wait()  # finished work is not looked for any more
         if self.finished:
             processes.print(f"{self.folder}: measured before")
             return
@@ -183,7 +183,7 @@ class ImageSetFolder:
         self.finished = True
 
     def statistics(self, network: FeatureNetwork) -> Statistics:
-        """What `network` says of the finished set."""
+        """Statistics of the finished set on `network`."""
         return load_statistics(self._statistics(list(self.measuring.networks).index(network)))[0]
 
     def figures(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Real images as the other side of every distance: statistics of a split, or of anybody's reference, measured once."""
+"""Real images as the reference of every distance: statistics of a split, or of a given reference, measured once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RealImages:
         """Every process its part of the images, for the networks that have not seen them yet; no image is stored."""
         processes, count = self.measuring.processes, len(self.dataset)
         missing = [network for network in self.measuring.networks if not self._files[network.name].is_file()]
-        processes.wait()  # nobody looks any more
+        processes.wait()  # finished work is not looked for any more
         if not missing:
             return
         kept = True if count <= self.measuring.kept else drawn_indices(count, self.measuring.kept)
@@ -69,12 +69,12 @@ class RealImages:
         return {name: load_statistics(path)[0] for name, path in self._files.items()}
 
     def describe(self) -> dict:
-        """What a result says of it."""
+        """What a result records of it."""
         return {"source": self.dataset.source.name, **self.identity}
 
 
 class ForeignReference:
-    """A reference that somebody else made, in the place of the training images.
+    """A reference made elsewhere, in place of the training images.
 
     UserError when it is a file of statistics of another network.
     """
@@ -103,7 +103,7 @@ class ForeignReference:
 def check_treatment(cfg: DiTConfig, made_of: dict | None, reference: ForeignReference | RealImages) -> str | None:
     """How samples and reference differ in crop or size, or None; UserError unless evaluation.allow_mismatch.
 
-    made_of: what the cache of the generator says of its images; files of other people say nothing.
+    made_of: what the cache of the generator records of its images; foreign files record nothing.
     """
     size = (cfg.dataset.im_size,) * 2
     samples = Treatment((made_of or {}).get("crop") or "unknown", size)

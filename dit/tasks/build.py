@@ -1,4 +1,4 @@
-"""What a training config asks for: the cache, the network for its latents, the objective and its images."""
+"""What a training config describes: the cache, the network for its latents, the objective and its images."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def architecture(cfg: DiTConfig) -> dict[str, Any]:
 
 
 def pretrained_network(cfg: DiTConfig, cache: Cache) -> DiT:
-    """The network of `model.checkpoint`, of ours or of another repository, for the cache's latents.
+    """The network of `model.checkpoint`, ours or another repository's, for the cache's latents.
 
     UserError, with the keys to set, where the file holds another network than the keys of `model` describe.
     """
@@ -97,7 +97,7 @@ def build_averages(cfg: DiTConfig, parameters: dict[str, Tensor]) -> dict[str, E
 
 
 def build_objective(cfg: DiTConfig, network: DiT) -> FlowObjective:
-    """Flow matching with the losses that have a weight. UserError if REPA's network has no weights or no place."""
+    """Flow matching with the losses that have a weight. UserError if REPA's weights or its block do not exist."""
     repa = None
     if cfg.losses.repa:
         depth = len(network.blocks)
@@ -125,7 +125,7 @@ def flop_per_latent(cfg: DiTConfig, objective: FlowObjective, cache: Cache, prec
 
 
 def trained_on(cache: Cache) -> dict[str, Any]:
-    """What sampling and decoding need to know of the cache, so that a weights file is enough for both."""
+    """What sampling and decoding need from the cache, so that a weights file is enough for both."""
     return {
         "cache": cache.manifest["sha256"],
         "z_stats": cache.norm.to_dict(),

@@ -1,4 +1,4 @@
-"""The images behind a cache: what its latents were encoded from, found again by sample index."""
+"""The images of a cache: what its latents were encoded from, found by sample index."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CacheImages:
     """The train split's images of a cache, resized and cropped as its encoder saw them.
 
     UserError, before any image is read, when the keys of `dataset` describe other images than the manifest does, or the
-    manifest knows of none, as that of an imported cache.
+    manifest records none, as for an imported cache.
     """
 
     def __init__(self, cfg: DatasetConfig, cache: LatentDataset | StreamingLatents):
@@ -38,12 +38,12 @@ class CacheImages:
         if wrong:
             wanted = " ".join(f"dataset.{key}={recorded[key]}" for key in wrong)
             given = " ".join(f"dataset.{key}={getattr(cfg, key)}" for key in wrong)
-            raise UserError(f"the cache was made of other images than {given}: set {wanted}")
+            raise UserError(f"the cache was built from other images than {given}: set {wanted}")
         source = open_source(cfg, "train")
         if source.fingerprint() != entry["fingerprint"]:
             raise UserError(
                 f"the {len(source)} images of dataset.source={cfg.source} are not the {entry['count']} that the cache "
-                "was made of (their fingerprint differs): give the same dataset.root and dataset.limit as then"
+                "was built from (their fingerprint differs): give the dataset.root and dataset.limit of the build"
             )
         self.cache, self.workers = cache, cfg.reading_processes
         self.dataset = ImageDataset(source, replace(cfg, on_corrupt="error"), train=False)

@@ -1,4 +1,4 @@
-"""What training a generator would cost on this machine, measured on a few steps of random latents."""
+"""The cost of training a generator on this machine, measured on a few steps of random latents."""
 
 from __future__ import annotations
 

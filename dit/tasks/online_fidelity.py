@@ -34,9 +34,9 @@ REFERENCE_IMAGES = 10_000  # of the train split at most, evenly over its classes
 class OnlineFidelity:
     """KID and Frechet distance of `training.fidelity_samples` samples on one feature network.
 
-    The network is Inception where its weights are, else EfficientNet-Lite0. Features of the real images are measured
-    once for all runs below ckpt_dir. UserError when `dataset` is not what the cache was made of, or neither network is
-    on this machine.
+    The network is Inception if its weights are found, else EfficientNet-Lite0. Features of the real images are measured
+    once for all runs below ckpt_dir. UserError when `dataset` is not what the cache was built from, or the weights of
+    neither network are found.
     """
 
     def __init__(self, cfg: DiTConfig, cache: Cache, samples: SampleDecoder, processes: Processes):

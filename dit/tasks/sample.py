@@ -126,7 +126,7 @@ def run(cfg: DiTConfig) -> Path:
             z_n = draw(model, indices, labels, sampling, guide)
         seconds = (time.perf_counter() - began) * len(missing) / chunk_size
         if not torch.isfinite(z_n).all():
-            raise UserError(f"samples {indices.start} to {indices[-1]} of {weights} are not finite; was it trained?")
+            raise UserError(f"samples {indices.start} to {indices[-1]} of {weights} are not finite: is it trained?")
         chunks.save(missing, {"z_n": z_n, "labels": labels}, seconds)
         processes.print(f"sampled {min(missing.start + chunk_size * processes.world, sampling.n)} of {sampling.n}")
     processes.wait()
@@ -183,7 +183,7 @@ def check_sampling(cfg: SamplingConfig) -> None:
     if cfg.sde_scale < 0 or not 0 < cfg.sde_last_step < 1:
         raise UserError("sampling.sde_scale must not be negative, and sampling.sde_last_step lies between 0 and 1")
     if cfg.guide and cfg.guide_scale == 1:
-        raise UserError(f"sampling.guide={cfg.guide} does nothing at sampling.guide_scale=1; 2 is a usual scale")
+        raise UserError(f"sampling.guide={cfg.guide} has no effect at sampling.guide_scale=1; 2 is a usual scale")
     split_by_interval([1.0, 0.0], tuple(cfg.cfg_interval))
 
 
@@ -196,7 +196,7 @@ def _finished(out: Path, request: dict, n: int) -> bool:
 
 
 def trained_on(weights: Path) -> dict:
-    """What the trainer wrote about the cache into a weights file; torch files of other people have nothing of it."""
+    """What the trainer recorded about the cache in a weights file; foreign torch files record nothing."""
     if weights.suffix != ".safetensors":
         return {}
     with safe_open(weights, framework="pt") as handle:

@@ -23,7 +23,7 @@ SMALLEST_SIDE = 64  # images below this size are enlarged
 
 
 class SampleDecoder:
-    """Images of samples drawn as `sampling` says, but without its `guide`, decoded with `training.tokenizer`.
+    """Images of samples drawn as `sampling` describes, but without its `guide`, decoded with `training.tokenizer`.
 
     UserError when the encoder of the tokenizer is not the one that the cache was made with, or for numbers in
     `sampling` that no sampler can work with.

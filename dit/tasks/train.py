@@ -179,8 +179,8 @@ def check(cfg: DiTConfig) -> None:
         if getattr(training, key) < 1:
             raise UserError(f"training.{key}={getattr(training, key)} must be at least 1")
     if training.t_shift <= 0:
-        raise UserError(f"training.t_shift={training.t_shift:g} must be positive; 1 leaves the drawn times alone")
+        raise UserError(f"training.t_shift={training.t_shift:g} must be positive; 1 leaves the drawn times unchanged")
     if training.grad_clip < 0:
-        raise UserError(f"training.grad_clip={training.grad_clip:g} must not be negative; 0 switches clipping off")
+        raise UserError(f"training.grad_clip={training.grad_clip:g} must not be negative; 0 disables clipping")
     if training.fsdp and training.compile:
-        raise UserError("training.fsdp=true does not go with compiled networks yet: set training.compile=false")
+        raise UserError("training.fsdp=true does not support compiled networks yet: set training.compile=false")

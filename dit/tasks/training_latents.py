@@ -36,8 +36,8 @@ class TrainingLatents:
     """The latents of a cache as the batches of a config; rows: of a step that this process gets, in
     `parts`.
 
-    with_images: read the images behind the latents as well. UserError for a batch that cannot be divided, and for
-    images that the cache was not made of.
+    with_images: read the images of the latents as well. UserError for a batch that cannot be divided, and for
+    images that the cache was not built from.
     """
 
     def __init__(self, cfg: DiTConfig, cache: Cache, processes: Processes, with_images: bool):

@@ -1,4 +1,4 @@
-"""What passes between our cache and a foreign one: a block of posteriors going out, an opened source coming in."""
+"""The data exchanged with a foreign cache: a block of posteriors going out, an opened source coming in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOGVAR_FLOOR = -30.0  # of a posterior without deviation, as DiagonalGaussian cl
 
 @dataclass
 class Block:
-    """Samples `indices` (int64 [n]) with labels [n], in the values that the format wants.
+    """Samples `indices` (int64 [n]) with labels [n], in the values that the format needs.
 
     means: float32 [n, view, C, h, w]; logvars the same, or None where the cache has means only.
     """
@@ -54,7 +54,7 @@ class Block:
 class PeerLatents:
     """An opened source: `count` latents with labels int64 [count], in files `names` below `folder`.
 
-    read(range) gives rows as a build has them before they are normalised, float32 [n, view, K, h, w], where shape is
+    read(range) gives rows as in a build, before normalisation, float32 [n, view, K, h, w], where shape is
     (K, h, w) and K is C, or with content=moments 2C.
     """
 
@@ -77,7 +77,7 @@ def read_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as problem:
-        raise UserError(f"{path} can't be read as an array of numbers: {problem}; nothing in it was run") from None
+        raise UserError(f"{path} can't be read as an array of numbers: {problem}; nothing in it was executed") from None
 
 
 def checked_rows(path: Path, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Write a cache in the layout of another repository, so that its trainer runs on our latents unchanged.
 
-The folder is written beside as OUT.partial and renamed. An export that was killed goes on at the first block of samples
+The folder is written as OUT.partial and renamed. An export that was killed continues at the first block of samples
 whose files are not all there.
 """
 
@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 
 
 def export(cfg: ExportConfig) -> str:
-    """Write the export, continue it, or find it finished; returns a line that says what is there.
+    """Write the export, continue it, or find it finished; returns a line that describes what is there.
 
-    UserError for what the format needs and the cache lacks, for a folder in the way and for a disk too small.
+    UserError for what the format needs and the cache lacks, for a folder that already exists and for a disk too small.
     """
     cache = LatentDataset(cfg.cache, cfg.split)
     peer = FORMATS[cfg.format]
@@ -103,7 +103,7 @@ def _is_finished(out: Path, origin: dict) -> bool:
     if (out / ORIGIN).is_file() and read_json(out / ORIGIN) == origin:
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={out} is there already and is not this export: choose another folder, or delete it")
+        raise UserError(f"out={out} exists and is not this export: choose another folder, or delete it")
     return False
 
 

@@ -1,7 +1,7 @@
 """Make a cache of ours from one of another repository.
 
 Statistics are computed again over all latents in float64: LightningDiT's own are of 10 000 random images, the others
-have none. Only what `export` wrote brings its cache's statistics along, and so comes back as it was: bit for bit from
+have none. Only what `export` wrote carries its cache's statistics, and so is restored exactly: bit for bit from
 fast-dit, which holds the normalised values themselves; to float32's rounding of raw values from the others, which
 float16 forgets but for values next to 0.
 """
@@ -38,7 +38,7 @@ FORMATS = {"fast-dit": fast_dit, "lightningdit": lightningdit, "repa": repa}
 
 @dataclass
 class Origin:
-    """Where latents come from: as export.json tells it, or as far as the keys do."""
+    """Where latents come from: as recorded in export.json, or as far as the keys describe it."""
 
     tokenizer: dict
     dataset: dict
@@ -66,7 +66,7 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
         if told.get("format") != ORIGIN_FORMAT or told.get("version") != VERSION or told["layout"] != cfg.format:
             raise UserError(f"{source / ORIGIN} is not that of an export with format={cfg.format} that this code reads")
         if cfg.scaling_factor is not None:
-            raise UserError(f"scaling_factor={cfg.scaling_factor}: {source / ORIGIN} says what the values are")
+            raise UserError(f"scaling_factor={cfg.scaling_factor}: leave it out, {source / ORIGIN} records the scale")
     default = fast_dit.SCALING_FACTOR if cfg.format == "fast-dit" and told is None else 1.0
     divide = default if cfg.scaling_factor is None else cfg.scaling_factor
     if not divide > 0:
@@ -75,13 +75,13 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
     if not peer.count:
         raise UserError(f"{source} holds no latents: its files are empty")
     if told is not None and told["count"] != peer.count:
-        raise UserError(f"{source} holds {peer.count} latents, its {ORIGIN} says {told['count']}: export it again")
+        raise UserError(f"{source} holds {peer.count} latents, its {ORIGIN} records {told['count']}: export it again")
     classes = told["classes"] if told is not None else [str(label) for label in range(int(peer.labels.max()) + 1)]
     if cfg.classes is not None:
         classes = classes if len(classes) == cfg.classes else [str(label) for label in range(cfg.classes)]
     if peer.labels.min() < 0 or peer.labels.max() >= len(classes):
         raise UserError(
-            f"{source} has labels {peer.labels.min()} to {peer.labels.max()}: they don't fit {len(classes)} classes"
+            f"{source} has labels {peer.labels.min()} to {peer.labels.max()}: expected labels of {len(classes)} classes"
         )
     channels, height, width = peer.shape[0] // (2 if peer.content == "moments" else 1), *peer.shape[1:]
     named = _named_tokenizer(cfg, channels)
@@ -103,7 +103,7 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
 
 
 def _named_tokenizer(cfg: ImportConfig, channels: int) -> dict:
-    """The manifest's tokenizer entry as the keys have it, with its `stride` where the tokenizer is at hand."""
+    """The manifest's tokenizer entry as the keys describe it, with its `stride` where the tokenizer is available."""
     if cfg.tokenizer is not None and cfg.fingerprint is not None:
         raise UserError("tokenizer and fingerprint both name the encoder: pass one of them")
     if cfg.tokenizer is None:
@@ -115,7 +115,7 @@ def _named_tokenizer(cfg: ImportConfig, channels: int) -> dict:
     if tokenizer.z_dim != channels:
         raise UserError(
             f"tokenizer={cfg.tokenizer} has {tokenizer.z_dim} latent channels, the latents have {channels}: "
-            "they come from another one"
+            "they come from another tokenizer"
         )
     fingerprint = tokenizer.encoder_fingerprint()
     return {"encoder": tokenizer.config["encoder"], "fingerprint": fingerprint, "stride": tokenizer.f}
@@ -127,7 +127,7 @@ def describe(cfg: ImportConfig, peer: PeerLatents, origin: Origin) -> dict:
     try:
         ImageFiles(peer.folder, peer.names).add_to(digest)
     except FileNotFoundError as problem:
-        raise UserError(f"{problem.filename} is missing: copy it from where {cfg.source} is whole") from None
+        raise UserError(f"{problem.filename} is missing: copy it from an intact copy of {cfg.source}") from None
     return {
         "format": FORMAT,
         "version": CACHE_VERSION,

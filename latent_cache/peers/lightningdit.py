@@ -51,7 +51,7 @@ def write(folder: Path, block: Block, class_names: list[str], seed: int) -> None
 
 
 def finish(folder: Path, labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    """The statistics, as a torch file since its loader wants one; mean, std: float [C]."""
+    """The statistics, as a torch file, which its loader needs; mean, std: float [C]."""
     statistics = {"mean": torch.from_numpy(mean).float(), "std": torch.from_numpy(std).float()}
     torch.save({key: value.view(1, -1, 1, 1) for key, value in statistics.items()}, folder / STATS)
 
@@ -107,8 +107,8 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, EOFError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise UserError(
-            f"{path} is not a file of two tensors, mean and std ({reason}); nothing in it was run. The import does "
-            "not need it, since statistics are computed again: move it away if you trust the latents beside it"
+            f"{path} is not a file of two tensors, mean and std ({reason}); nothing in it was executed. The import "
+            "does not need it, since statistics are computed again: move it away if you trust the latents beside it"
         ) from None
 
 
@@ -117,4 +117,4 @@ def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as problem:
-        raise UserError(f"{path} can't be read as safetensors: {problem}; copy it from where it is whole") from None
+        raise UserError(f"{path} can't be read as safetensors: {problem}; copy it from an intact one") from None

@@ -2,7 +2,7 @@
 
     CLASS/NUMBER.npz  moments, moments_flip: float32 (2C, h, w), raw: means, then log variances
 
-Classes are told from the sorted names of the folders.
+Classes are the sorted names of the folders.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 256
 
 
 def class_folders(class_names: list[str]) -> list[str]:
-    """Folder of each class: its name, or its number where names are no file names or don't sort as the classes do."""
+    """Folder of each class: its name, or its number where names are not file names or don't sort as the classes do."""
     usable = all(name and name[0] != "." and not set(name) & set("/\\\0") for name in class_names)
     if usable and class_names == sorted(set(class_names)):
         return class_names

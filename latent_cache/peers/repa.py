@@ -53,7 +53,7 @@ def finish(folder: Path, labels: np.ndarray, mean: np.ndarray, std: np.ndarray) 
 
 
 def open_peer(folder: Path, divide: float) -> PeerLatents:
-    """content=mean if the first deviations are all 0, as a deterministic encoder has them."""
+    """content=mean if the first deviations are all 0, as written for a deterministic encoder."""
     if not (folder / LABELS).is_file():
         raise UserError(f"{folder} is not a cache of REPA: {LABELS} is missing (a zip has to be unpacked first)")
     stored = read_json(folder / LABELS)
@@ -83,7 +83,7 @@ def open_peer(folder: Path, divide: float) -> PeerLatents:
             raise UserError(f"{path} holds negative deviations: expected means, then deviations (2C, h, w)")
         if not moments:
             if std.any():
-                raise UserError(f"{path} has posterior deviations, {files[0]} has none: the cache is mixed up")
+                raise UserError(f"{path} has posterior deviations, {files[0]} has none: the cache is inconsistent")
             return mean
         with np.errstate(divide="ignore"):
             return np.concatenate([mean, np.maximum(2 * np.log(std), LOGVAR_FLOOR)]).astype(np.float32)

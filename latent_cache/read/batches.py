@@ -52,10 +52,10 @@ class BatchSequence:
         self.latents, self.order = latents, order
         self.noisy = noise and latents.has_moments
         self.state = {"seed": 0, "epoch": 0, "position": 0}
-        self.resumes = False  # the next iterator goes on at `state`
+        self.resumes = False  # the next iterator continues at `state`
 
     def load(self, state: dict) -> None:
-        """Let the next iterator go on at `state`."""
+        """Let the next iterator continue at `state`."""
         self.state = {key: int(value) for key, value in state.items()}
         self.resumes = True
 
@@ -71,7 +71,7 @@ class BatchSequence:
     ) -> Iterator[Batch]:
         """What `read` makes of every step; the arguments are those of `LatentDataset.batches`.
 
-        arrangement: what `order` depends on besides, which a state to go on from must have been saved with.
+        arrangement: what `order` depends on besides, which a state to continue from must have been saved with.
         """
         if batch_size < 1 or batch_size % world:
             raise UserError(f"batch_size={batch_size} can't be divided over {world} processes")
@@ -94,7 +94,7 @@ class BatchSequence:
         for key in dict.fromkeys([*arrangement, *saved]):
             if saved.get(key) != arrangement.get(key):
                 kept = f"belongs to {key} {saved[key]}" if key in saved else "was saved by another kind of reader"
-                raise UserError(f"{key}={arrangement.get(key)}, but the state to go on from {kept}")
+                raise UserError(f"{key}={arrangement.get(key)}, but the state to continue from {kept}")
 
     def schedule(
         self, batch_size: int, seed: int, epoch: int, position: int = 0, rank: int = 0, world: int = 1

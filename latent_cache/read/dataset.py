@@ -89,8 +89,8 @@ class LatentDataset(torch.utils.data.Dataset):
             rows = torch.empty(shape, dtype=torch.float16, device="cpu" if where == "ram" else where)
         except RuntimeError as error:  # no such device, or no such amount of memory
             raise UserError(
-                f"preload={where}: {np.prod(shape) * 2 / 1e9:.1f} GB of latents can't be put there "
-                f"({str(error).splitlines()[0]}): leave preload out, which maps the files"
+                f"preload={where}: {np.prod(shape) * 2 / 1e9:.1f} GB of latents can't be loaded there "
+                f"({str(error).splitlines()[0]}): leave preload out to map the files"
             ) from None
         for number, samples in enumerate(self.samples):
             for view, stored in enumerate(self.shard(number).views):
@@ -195,7 +195,7 @@ class LatentDataset(torch.utils.data.Dataset):
     def steps(
         self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[Step]:
-        """What `batches` of the same arguments would read, for what goes beside the latents; without their noise."""
+        """What `batches` of the same arguments would read, without noise, for data that accompanies the latents."""
         sequence = BatchSequence(self, self._order, noise=False)
         return sequence.run(lambda step: step, batch_size, seed, start_step, rank, world)
 
@@ -209,5 +209,5 @@ class LatentDataset(torch.utils.data.Dataset):
         return dict(self._sequence.state)
 
     def load_state_dict(self, state: dict) -> None:
-        """Let the next `batches` go on there, with any number of processes."""
+        """Let the next `batches` continue there, with any number of processes."""
         self._sequence.load(state)

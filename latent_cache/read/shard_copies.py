@@ -52,7 +52,7 @@ class ShardFetcher:
                 self._running[number] = pool.submit(self._fetch_ahead, number)
 
     def wait(self, number: int) -> None:
-        """Until this shard is in the folder. UserError when it can't be had."""
+        """Until this shard is in the folder. UserError when it can't be fetched."""
         self._executor()
         future = self._running.pop(number, None)
         if future is not None:
@@ -114,7 +114,7 @@ def _written(path: Path) -> float:
 
 
 def _open_folder(remote: RemoteFolder, folder: Path, split: str) -> list[dict]:
-    """Put manifest, statistics and sidecars into the folder; returns the shards of the split as the manifest has them.
+    """Put manifest, statistics and sidecars into the folder; returns the shards of the split as in the manifest.
 
     UserError when the folder holds another cache.
     """

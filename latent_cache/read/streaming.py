@@ -32,7 +32,7 @@ class StreamingLatents(torch.utils.data.IterableDataset):
     in their own order. A cache whose source is sorted by class wants a wide window. parts: an epoch's samples are cut
     into so many runs of shards, of which every batch takes equally many samples: with as many as there are machines,
     each downloads its own. cache_bytes: most that the split's shards may take in `cache_dir`, for all processes of the
-    machine; None keeps all. UserError for anything that is wrong, also in mid-epoch when a shard can't be had.
+    machine; None keeps all. UserError for anything that is wrong, also in mid-epoch when a shard can't be fetched.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         return dict(self._sequence.state)
 
     def load_state_dict(self, state: dict) -> None:
-        """Let the next `batches`, or iteration, go on there, with any number of processes."""
+        """Let the next `batches`, or iteration, continue there, with any number of processes."""
         self._sequence.load(state)
 
     def _order(self, seed: int, epoch: int, batch_size: int) -> np.ndarray:
@@ -170,7 +170,7 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         return plan
 
     def _provide(self, plan: _Plan, step: int) -> None:
-        """Map the shards of a step; when one of them is new, let go of the old ones and order the next ones."""
+        """Map the shards of a step; when one of them is new, release the old ones and request the next ones."""
         needed = plan.needed(step)
         new = [number for number in needed if not self._local.is_mapped(number)]
         if not new:

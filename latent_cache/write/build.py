@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def build(cfg: BuildConfig) -> dict:
     """Build the cache that `cfg` describes, continue building it, or find it finished; returns its manifest.
 
-    To be called by every process. UserError for anything that the caller can mend.
+    To be called by every process. UserError for anything that the caller can correct.
     """
     check(cfg)
     root = Path(cfg.out)
@@ -71,7 +71,7 @@ def describe(cfg: BuildConfig, tokenizer: SSDD, sources: dict[str, ImageSource],
     if cfg.views.flip and not sources["train"].flip:
         raise UserError(
             f"views.flip=true, but a mirror image is not a valid image of {dataset.source}: leave it out, "
-            "or say dataset.flip=true if it is one"
+            "or set dataset.flip=true if it is one"
         )
     channels = tokenizer.z_dim * (2 if cfg.content == "moments" else 1)
     skipped = {split: _unreadable(source) if dataset.on_corrupt == "skip" else [] for split, source in sources.items()}
@@ -118,7 +118,7 @@ def _unreadable(source: ImageSource) -> list[int]:
             source.image(number)
         except UserError:
             found.append(number)
-            log.warning("left out unreadable image %s (%d so far)", source.where(number), len(found))
+            log.warning("skipped unreadable image %s (%d so far)", source.where(number), len(found))
     if len(found) == len(source):
         raise UserError(f"none of the {len(source)} images of {source.name} {source.split} can be read")
     return found

@@ -1,4 +1,4 @@
-"""What a build would take on this machine: bytes, shards, GFLOP, and the time of a few batches times their number."""
+"""The cost of a build on this machine: bytes, shards, GFLOP, and the time of a few batches times their number."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMED_BATCHES = 3
 def dry_run(cfg: BuildConfig) -> str:
     """A page of figures; nothing is written. UserError for what a build would refuse before its first image.
 
-    Unreadable images, which on_corrupt=skip leaves out, are counted here, since finding them means decoding all.
+    Unreadable images, which on_corrupt=skip skips, are counted here, since finding them means decoding all.
     """
     check(cfg)
     processes = Processes.join(cfg.device, patient=True)

@@ -104,8 +104,8 @@ def encode_shards(
         if not np.isfinite(rows).all():
             last = batch.first + batch.count - 1
             raise UserError(
-                f"the encoder gives values that are not finite for {batch.job.split} samples {batch.first} to {last}: "
-                "its weights are damaged or its training diverged; take another checkpoint"
+                f"the encoder outputs non-finite values for {batch.job.split} samples {batch.first} to {last}: "
+                "its weights are damaged or its training diverged; use another checkpoint"
             )
         shard.write(rows)
         progress(batch.count)

@@ -1,12 +1,12 @@
-"""The folder of a cache while it is built: what is done, what is left, and whose it is.
+"""The folder of a cache while it is built: what is done, what is left, and which build it belongs to.
 
     manifest.json, z_stats.json            written last
     <split>/NNNNNN.tar, NNNNNN.json        finished shards; the sidecar comes after the tar
     .partial/settings.json                 what is being built
     .partial/<split>/NNNNNN.npy, .json     raw float32 rows and their statistics; the statistics come after the rows
 
-Every file is written beside, synced and renamed, so that a killed build leaves whole files and some rubbish in
-.partial. Temporary names are the process's own: a process that outlived its killed launcher can't spoil a file.
+Every file is written beside, synced and renamed, so that a killed build leaves complete files and some leftovers in
+.partial. Temporary names are the process's own: a process that outlived its killed launcher can't damage a file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ssdd.images.sources import SPLITS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-RETRY = "make room and run the same command again, it will go on"
+RETRY = "make room and run the same command again; it will continue"
 SHARD_FILE = re.compile(r"\d{6}\.(tar|json)")
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class CacheFolder:
             self.root.mkdir(parents=True, exist_ok=True)
 
     def open(self, overwrite: bool, any_device: bool) -> bool:
-        """Make ready for the build; True if the cache is finished already. UserError when something is in the way.
+        """Make ready for the build; True if the cache is already finished. UserError for a folder of something else.
 
         any_device: a finished cache may have been encoded on another kind of device.
         """
@@ -128,14 +128,14 @@ class CacheFolder:
             remove_leftovers(folder)
 
     def _conflict(self, any_device: bool) -> str:
-        """Why this folder can't be built in as it is, unless what it holds is deleted; "" if it can."""
+        """Why nothing can be built in this folder unless its content is deleted; "" if it can."""
         choice = "choose another folder, or delete what is there with overwrite=true"
         wanted = self.settings
         if (self.root / MANIFEST).is_file():
             if problem := self._damage():
                 return f"out={self.root} holds a damaged cache ({problem}): {choice}"
             found, kind = settings_of(load_manifest(self.root)), "a cache"
-            own = found["encoding"]  # nothing is left to encode: any CPU will do, and any device if none was asked for
+            own = found["encoding"]  # nothing is left to encode: any CPU will do, and any device if none was requested
             kept = {"precision": own.get("precision")} | ({"device": own.get("device")} if any_device else {})
             wanted = {**wanted, "encoding": {**wanted["encoding"], **kept}}
         elif (self.partial / "settings.json").is_file():
@@ -164,7 +164,7 @@ class CacheFolder:
         return problems[0] if problems else ""
 
     def bytes_while_building(self) -> int:
-        """At most: the raw rows of all shards lie there at once, then shard by shard the tars take their place."""
+        """At most: the raw rows of all shards are there together, then shard by shard the tars take their place."""
         values = int(np.prod(self.layout.shape)) * len(self.layout.views)
         raw = sum(len(job.samples) for job in self.jobs) * values * 4
         tars = [self.layout.file_bytes(len(job.samples)) for job in self.jobs]
@@ -208,7 +208,7 @@ def put(temporary: Path, final: Path) -> None:
 
 
 class FolderLock:
-    """Keeps two builds out of one folder; the system lets go of it when a build and the processes that read its images
+    """Keeps two builds out of one folder; the system releases it when a build and the processes that read its images
     end, however they end."""
 
     def __init__(self, folder: Path) -> None:
@@ -245,12 +245,12 @@ class FolderLock:
         except OSError as problem:
             if isinstance(problem, BlockingIOError):
                 raise
-            log.debug("this file system has no locks (%s): going on without", problem)
+            log.debug("this file system has no locks (%s): continuing without them", problem)
 
 
 @contextmanager
 def clear_disk_errors(root: Path) -> Iterator[None]:
-    """Turn a full or closed disk into a UserError that says what to do."""
+    """Turn a full or unwritable disk into a UserError that says what to do."""
     try:
         yield
     except SafetensorError as problem:  # the library's own form of ENOSPC

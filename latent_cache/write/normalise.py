@@ -28,7 +28,7 @@ def statistics_of(folder: CacheFolder) -> LatentNorm:
         dead = [channel for channel, std in enumerate(norm.std.tolist()) if not std > 0]
         raise UserError(
             f"latent channels {dead} have the same value everywhere in the train split and can't be normalised: "
-            "take a tokenizer with fewer channels, or one that was trained longer"
+            "use a tokenizer with fewer channels, or one that was trained longer"
         )
     return norm
 

@@ -1,4 +1,4 @@
-"""SSDD behind the faces that other people's code calls: diffusers' AutoencoderKL, and LightningDiT's tokenizer."""
+"""SSDD under the interfaces of diffusers' AutoencoderKL and of LightningDiT's tokenizer."""
 
 from ssdd.adapters.autoencoder import AutoencoderSSDD
 from ssdd.adapters.lightningdit import LightningDiTTokenizer

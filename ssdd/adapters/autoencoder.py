@@ -117,7 +117,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
         noise_seed: int = 0,
         license: str | None = None,
         checkpoint: str | None = None,
-        # The rest follows from the networks: it is here so that a saved config reads back.
+        # The rest follows from the networks: it is recorded so that a saved config can be read back.
         latent_channels: int | None = None,
         block_out_channels: list[int] | None = None,
         latents_mean: list[float] | None = None,

@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: no YAML file of a tokenizer ({error})") from None
+        raise UserError(f"{path}: not the YAML file of a tokenizer ({error})") from None
     if not isinstance(options, dict) or "checkpoint" not in options or set(options) - set(KEYS):
         raise UserError(f"{path}: expected checkpoint and perhaps {', '.join(list(KEYS)[1:])}; got {options}")
     return KEYS | options

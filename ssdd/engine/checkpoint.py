@@ -85,7 +85,7 @@ def keep_newest(checkpoints: str | os.PathLike[str], count: int) -> None:
     named = ((STEP_NAME.fullmatch(path.name), path) for path in Path(checkpoints).glob("step-*"))
     steps = sorted((int(match[1]), path) for match, path in named if match)
     for _, path in steps[: max(0, len(steps) - count)]:
-        (path / STATE_FILE).unlink(missing_ok=True)  # from here on it is no checkpoint any more
+        (path / STATE_FILE).unlink(missing_ok=True)  # from here on it is not a checkpoint any more
         shutil.rmtree(path)
 
 
@@ -137,7 +137,7 @@ def save_tensors(
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # as the umask has it; the library makes files private
+            mode = os.fstat(file.fileno()).st_mode  # as the umask allows; the library makes files private
         save_file(owned, temporary, dict(metadata) if metadata else None)
         with open(temporary, "r+b") as file:
             _sort_metadata(file)

@@ -45,7 +45,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def resident_peak(process: int | str) -> int:
-    """Peak resident bytes of a process that runs, or "self"; 0 where Linux does not tell."""
+    """Peak resident bytes of a process that runs, or "self"; 0 where it is not recorded (not Linux)."""
     try:
         told = Path(f"/proc/{process}/status").read_text()
     except OSError:

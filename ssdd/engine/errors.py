@@ -1,4 +1,4 @@
-"""The one error type for mistakes that a user can cause and mend."""
+"""The one error type for mistakes that a user can cause and correct."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class UserError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it says nothing."""
+    """The first line of an error's message, or its type if it has no message."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def full_disk(error: Exception) -> UserError | None:
-    """What to tell the user if `error` means that a disk is full, else None. safetensors has its own error type."""
+    """The message for the user if `error` means that a disk is full, else None. safetensors has its own error type."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
         where = getattr(error, "filename", None)

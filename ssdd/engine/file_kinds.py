@@ -1,4 +1,4 @@
-"""Only regular files hold data. Opening a named pipe waits for a writer for ever, a device may never end."""
+"""Only regular files hold data. Opening a named pipe waits for a writer forever; a device may never end."""
 
 from __future__ import annotations
 

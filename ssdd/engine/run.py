@@ -16,7 +16,7 @@ class RunDirectory:
 
     def __init__(self, ckpt_dir: str | os.PathLike[str], run_name: str):
         if not run_name or run_name.startswith(".") or set(run_name) & set("/\\@") or run_name.isspace():
-            raise UserError(f"run_name={run_name!r}: a run name is not empty, starts with no dot, has no / \\ or @")
+            raise UserError(f"run_name={run_name!r}: must not be empty, start with a dot, or contain / \\ or @")
         self.name = run_name
         self.path = Path(ckpt_dir).expanduser() / "jobs" / run_name
         self.checkpoints = self.path / "checkpoints"

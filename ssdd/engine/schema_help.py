@@ -49,7 +49,7 @@ def field_docs(schema: type) -> dict[str, str]:
             continue
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-        except (OSError, TypeError):  # no source at hand, as in a frozen application
+        except (OSError, TypeError):  # no source available, as in a frozen application
             continue
         for field, after in zip(body, body[1:], strict=False):
             literal = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value

@@ -23,7 +23,7 @@ from ssdd.engine.training_checks import check_identity
 
 
 class Part(Protocol):
-    """What a checkpoint keeps in a file of its own, and beside it in state.json. Every process calls."""
+    """What a checkpoint stores in its own file, and in state.json. Every process calls."""
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Live tensors, whole or sharded; without any, there is no file."""
@@ -95,7 +95,7 @@ class TrainingState:
         return f"precision {self.precision}{changed}"
 
     def result(self, steps: int, batch_size: int, trained: Iterable[Tensor]) -> dict[str, Any]:
-        """What every training's result says of how far the run is and how fast it went; batch_size: of a step."""
+        """What every training result records: how far the run is and how fast it went; batch_size: of a step."""
         done = steps * batch_size
         return {
             "steps": steps,
@@ -114,7 +114,7 @@ class TrainingState:
         return time.perf_counter() - self._began
 
     def save(self, *names: str) -> None:
-        """Write a checkpoint under the first name and link the others to it; returns when all processes may go on."""
+        """Write a checkpoint under the first name, link the others to it, and wait until all processes may continue."""
         groups = {name: part.tensors() for name, part in self.parts.items()}
         values = {key: value for part in self.parts.values() for key, value in part.values().items()}
         values |= {key: getattr(self, key) for key in ("identity", "step", "metrics", "best", "seconds")}

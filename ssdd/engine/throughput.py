@@ -60,7 +60,7 @@ def peak_flops(device: torch.device, precision: str, calls: int = 3) -> float | 
     """FLOP per second that the device can do in `precision` (no, bf16, fp16), or None where that is not known.
 
     GPUs: data sheets, for half precision only, since float32 training mixes units (TF32 and others) of different peaks.
-    CPUs: what a matrix product of 1024 rows reaches here and now, the best of some calls.
+    CPUs: what a matrix product of 1024 rows reaches now, the best of some calls.
     """
     if device.type == "cuda":
         words = set(re.split(r"[ -]", torch.cuda.get_device_name(device)))
@@ -115,7 +115,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Work that is no training (evaluations, pictures, checkpoints) and does not count."""
+        """Work that is not training (evaluations, pictures, checkpoints) and does not count."""
         synchronize(self.device)
         began = time.perf_counter()
         yield

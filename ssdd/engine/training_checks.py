@@ -40,7 +40,7 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], folder: Path) 
 
 
 class FirstBadStep:
-    """The first step with a loss or gradient that is not finite; found on the device, asked where a line is due."""
+    """The first step with a loss or gradient that is not finite; found on the device, read where a line is due."""
 
     def __init__(self, device: torch.device):
         self.step = torch.full((), -1, device=device)  # -1: none
@@ -69,5 +69,5 @@ class FirstBadStep:
 
 
 def picture_due(every: int | None, done: int, otherwise: bool) -> bool:
-    """Whether `done` steps call for a picture: every so many (0: never), or for None if `otherwise` does."""
+    """Whether `done` steps call for a picture: every so many (0 disables them), or for None if `otherwise` does."""
     return otherwise if every is None else every > 0 and done % every == 0

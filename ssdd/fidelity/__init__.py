@@ -1,1 +1,1 @@
-"""How alike sets of images are: feature networks, statistics, distances, pixel metrics, comparisons."""
+"""Similarity of sets of images: feature networks, statistics, distances, pixel metrics, comparisons."""

@@ -1,4 +1,4 @@
-"""What any tokenizer or generator must beat: PCA of the pixels, Gaussians in that space, a slight blur."""
+"""Baselines for tokenizers and generators: PCA of the pixels, Gaussians in that space, a slight blur."""
 
 from __future__ import annotations
 

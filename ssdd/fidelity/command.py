@@ -96,7 +96,7 @@ def run(cfg: FidelityConfig) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     networks = load_networks(cfg.features.split(","), device)
     if not networks:
-        raise UserError("no feature network has its weights on this machine; name one to be told how to fetch it")
+        raise UserError("no weights of a feature network were found; name a network to see how to fetch them")
     for images in opened.values():
         for network in networks:
             images.check_network(network)

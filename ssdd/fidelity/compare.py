@@ -37,7 +37,7 @@ def compare(
     set `reals`, which must not be the very images that were reconstructed: pairs of an image and its own reconstruction
     would make the unbiased KID negative. Precision and recall take 10 000 of `reals` at most, as ADM's evaluator does,
     KID 10 000 of every set.
-    Without `reals`, or without kept features, these are left out. with_precision=False leaves out precision and recall,
+    Without `reals`, or without kept features, these are omitted. with_precision=False omits precision and recall,
     whose time grows with the square of a row's images.
     Returns (row -> {frechet, spatial_frechet, inception_score, inception_score_deviation, kid, kid_low, kid_high,
     kid_deviation, precision, recall}, row -> its KID's bootstrap).
@@ -45,7 +45,7 @@ def compare(
     scores: dict[str, dict[str, float]] = {}
     for row in rows:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the caller prints the floor beside the distance
+            warnings.simplefilter("ignore")  # the caller prints the floor with the distance
             scores[row] = {"frechet": frechet_distance(sets[row], sets[originals])}
             if sets[row].spatial is not None and sets[originals].spatial is not None:
                 scores[row]["spatial_frechet"] = frechet_distance(sets[row].spatial, sets[originals].spatial)
@@ -71,15 +71,15 @@ def compare(
 
 
 def drawn(features: Tensor, count: int) -> Tensor:
-    """`count` rows of features [n, dim], always the same ones, in their order; all where n is no larger."""
+    """`count` rows of features [n, dim], always the same ones, in their order; all where n is not larger."""
     return features if len(features) <= count else features[drawn_indices(len(features), count)]
 
 
 def frechet_floor(reference: Statistics, count: int) -> tuple[float, tuple[int, int]] | None:
     """Frechet distance between two disjoint random parts of the reference's own images, and the sizes of the parts.
 
-    The first part has `count` images, or half of the reference where that is fewer. No distance of `count` images to
-    this reference can be told from that of real ones when it is no larger. None without kept features.
+    The first part has `count` images, or half of the reference where that is fewer. A distance of `count` images to
+    this reference that is not larger cannot be distinguished from that of real images. None without kept features.
     """
     if reference.features is None or min(count, len(reference.features) // 2) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Networks that turn images into feature vectors for Frechet distance, KID, precision, recall and Inception Score."""
+"""Networks that map images to feature vectors for Frechet distance, KID, precision, recall and Inception Score."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
 
 
 class Outputs(NamedTuple):
-    """What a feature network says of n images, float32."""
+    """Outputs of a feature network for n images, float32."""
 
     features: Tensor  # [n, dim]
     logits: Tensor | None = None  # [n, classes], for the Inception Score
@@ -78,11 +78,11 @@ class FeatureNetwork(nn.Module):
         return Outputs(*(None if part is None else part.float() for part in found))
 
     def provenance(self) -> dict[str, Any]:
-        """What a result must say of the network: name, dimensions, sha256 of the weights, resize."""
+        """What a result must record of the network: name, dimensions, sha256 of the weights, resize."""
         return {"network": self.name, "dim": self.dim, "checksum": self.checksum, "resize": self.resize}
 
     def train(self, mode: bool = True) -> FeatureNetwork:
-        """Stays in evaluation mode whatever a surrounding module does."""
+        """Stays in evaluation mode regardless of the surrounding module."""
         return super().train(False)
 
 
@@ -127,8 +127,8 @@ def load_features(name: str, device: torch.device | str = "cpu") -> FeatureNetwo
 class Inception(nn.Module):
     """Inception v3 (2015, ported from TensorFlow) of torch-fidelity, with its TensorFlow-like resize.
 
-    features: layer 2048 (`pool_3`). logits: 1008 classes without the bias, as ADM's evaluator and torch-fidelity have
-    them for the Inception Score. spatial: the first 7 channels of `mixed_6/conv` (17 x 17, flattened as height, width,
+    features: layer 2048 (`pool_3`). logits: 1008 classes without the bias, as in ADM's evaluator and torch-fidelity
+    for the Inception Score. spatial: the first 7 channels of `mixed_6/conv` (17 x 17, flattened as height, width,
     channel) for sFID: the 1 x 1 branch, after its ReLU, of the block that is Mixed_6d here (mixed_3 is Mixed_6a).
     """
 
@@ -298,5 +298,5 @@ def load_networks(names: Sequence[str], device: Any) -> list[FeatureNetwork]:
 
 
 def automatic_without_weights(names: Sequence[str]) -> list[str]:
-    """What "auto" among `names` leaves out on this machine."""
+    """Networks of "auto" among `names` whose weights are not found."""
     return [name for name in AUTOMATIC if "auto" in names and name not in names and not has(name)]

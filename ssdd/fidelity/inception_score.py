@@ -41,7 +41,7 @@ class InceptionScore:
         self._negentropy = torch.zeros(0, dtype=torch.float64)  # sum of p log p over images and classes
 
     def update(self, logits: Tensor, indices: Tensor) -> None:
-        """Add logits [n, classes] of the images `indices` (int64 [n]); an index added before is left out."""
+        """Add logits [n, classes] of the images `indices` (int64 [n]); an index added before is ignored."""
         if logits.shape != (len(indices), self.classes):
             raise ValueError(f"expected logits [{len(indices)}, {self.classes}], got {tuple(logits.shape)}")
         if self._reduced:

@@ -1,4 +1,4 @@
-"""A small image classifier, trained in seconds on the real training images: a feature network that no loss has used."""
+"""A small image classifier, trained in seconds on the real training images: a feature network used in no loss."""
 
 from __future__ import annotations
 

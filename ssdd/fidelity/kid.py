@@ -1,8 +1,8 @@
 """KID: the kernel distance between two sets of features (Binkowski et al. 2018), in float64.
 
-Two estimators. `kernel_distance` is the unbiased one over all pairs, and `kernel_bootstrap` says how sure it is;
-`kernel_distance_of_subsets` is what papers print: torch-fidelity's mean over random subsets of 1000 images. Both
-estimate the same number; the second one scatters with the subsets that its seed draws, and its deviation is that of
+Two estimators. `kernel_distance` is the unbiased one over all pairs, and `kernel_bootstrap` gives its uncertainty;
+`kernel_distance_of_subsets` is the usual estimate in papers: torch-fidelity's mean over random subsets of 1000 images.
+Both estimate the same number; the second one varies with the subsets that its seed draws, and its deviation is that of
 subsets of 1000 images, not that of the mean.
 """
 
@@ -50,7 +50,7 @@ def kernel_distance_of_subsets(
 
 @dataclass(frozen=True)
 class KernelEstimate:
-    """A KID with what resampling the images says of its uncertainty.
+    """A KID with its uncertainty from resampling the images.
 
     value: KID of the sets as they are; low, high: 95 % interval; deviation: standard deviation; resampled: float64 [R].
     Subtract `resampled` of two estimates from one `kernel_bootstrap` call to compare them paired.

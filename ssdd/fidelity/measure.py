@@ -47,7 +47,7 @@ def measure_once(images: ImageSet, network: FeatureNetwork, batch_size: int, cac
         save_statistics(path, statistics, provenance)
     except OSError as problem:  # a home that can't be written to
         raise UserError(
-            f"can't keep statistics in {cache}: {problem}; set cache=FOLDER, or cache= to keep none"
+            f"can't store statistics in {cache}: {problem}; set cache=FOLDER, or cache= to disable storing them"
         ) from None
     return statistics
 
@@ -101,9 +101,9 @@ class SetScores:
 
 
 class Collected:
-    """What one network says of one set: features, and moments of its spatial features and logits where it has them.
+    """Statistics of one set on one network: features, and moments of its spatial features and logits where it has them.
 
-    keep: the features of all images (True), of none, or of those of these indices (int64 [n]) beside moments of all.
+    keep: the features of all images (True), of none, or of those of these indices (int64 [n]) besides moments of all.
     """
 
     def __init__(self, network: FeatureNetwork, keep: bool | Tensor):

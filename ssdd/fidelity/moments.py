@@ -18,7 +18,7 @@ from ssdd.engine.collectives import all_reduce_sum, float64_device, gather_rows
 class Statistics:
     """What a set of images looks like to a feature network.
 
-    count: images, None when a foreign file does not say; mean: float64 [dim]; cov: float64 [dim, dim], divided by
+    count: images, None when a foreign file does not record it; mean: float64 [dim]; cov: float64 [dim, dim], divided by
     count - 1; features: float32 [count, dim] sorted by image index, or None when only sums were kept;
     spatial: the same of feature maps (sFID), inception_score: (mean, deviation over splits), if the network has them.
     """
@@ -32,7 +32,7 @@ class Statistics:
 
 
 class SeenIndices:
-    """The indices of the images that came so far, in order of arrival; a batch takes as long however many there are."""
+    """The indices of the images added so far, in order of arrival; a batch takes as long however many there are."""
 
     def __init__(self) -> None:
         self._parts = [torch.empty(0, dtype=torch.int64)]
@@ -80,7 +80,7 @@ class FeatureStatistics:
         self._moments = _Moments(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
 
     def update(self, features: Tensor, indices: Tensor) -> None:
-        """Add float features [n, dim] of the images `indices` (int64 [n]); an index added before is left out."""
+        """Add float features [n, dim] of the images `indices` (int64 [n]); an index added before is ignored."""
         if features.ndim != 2 or features.shape != (len(indices), self.dim):
             raise ValueError(f"expected features [{len(indices)}, {self.dim}], got {tuple(features.shape)}")
         if self._reduced:
@@ -123,7 +123,7 @@ class FeatureStatistics:
             raise ValueError(f"statistics need at least 2 images, got {moments.count}")
         cov = moments.scatter / (moments.count - 1)
         if not (moments.mean.isfinite().all() and cov.isfinite().all()):
-            raise ValueError("features are not finite: the images or the feature network are broken")
+            raise ValueError("features are not finite: check the images and the feature network")
         return Statistics(moments.count, moments.mean.cpu(), cov.cpu(), features)
 
 
@@ -131,7 +131,7 @@ class FeatureStatistics:
 class _Moments:
     """Count, mean [dim], and scatter [dim, dim] = sum of (x - mean)(x - mean)^T: float64, on one device.
 
-    Merged as by Chan et al. 1979: raw sums of squares would lose digits where means are large beside deviations.
+    Merged as by Chan et al. 1979: raw sums of squares would lose digits where means are large compared with deviations.
     """
 
     count: int

@@ -24,7 +24,7 @@ def copy_rate(generated: Tensor, train: Tensor, heldout: Tensor) -> tuple[float,
 
     An image counts as a copy when it lies closer to its nearest training image than that one lies to its own nearest
     other training image (authenticity; Alaa et al. 2022). Unseen real images do so at some rate by chance, so only the
-    difference between the two shares says anything.
+    difference between the two shares is meaningful.
     """
     to_next = torch.cat([_nearest(block, 1)[0] for block in _squared_distances(train, train, exclude_same=True)])
 

@@ -56,11 +56,11 @@ class SetToMeasure:
 
     @property
     def count(self) -> int | None:
-        """Images that the statistics are of, None when a foreign file does not say."""
+        """Images that the statistics are of, None when a foreign file does not record it."""
         return self._loaded[0].count if self._loaded else len(self.images)
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of the set, in JSON values."""
+        """What a result records of the set, in JSON values."""
         if self._loaded is None:
             return self.images.describe()
         return {"path": str(self.path), "statistics": self._loaded[1]}
@@ -70,7 +70,7 @@ class SetToMeasure:
     ) -> Statistics:
         """Statistics for `network`; with `cache` measured once. UserError as `check_network`.
 
-        ADM's file says nothing of its count, and its features are those of its 10 000 images.
+        ADM's file does not record its count, and its features are those of its 10 000 images.
         """
         if self._loaded is None:
             if cache is not None:
@@ -103,7 +103,7 @@ def _adm_file(path: Path, images: ImageSet | None) -> tuple[Statistics, dict[str
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
     except ValueError as problem:
-        raise UserError(f"{path}: mu and sigma are no plain arrays: {problem}") from problem
+        raise UserError(f"{path}: mu and sigma are not plain arrays: {problem}") from problem
     spatial = None
     if {"mu_s", "sigma_s"} <= set(arrays):
         spatial = _gaussian(path, arrays["mu_s"], arrays["sigma_s"])
@@ -121,7 +121,7 @@ def _torch_fidelity_file(path: Path) -> tuple[Statistics, dict[str, Any]]:
             file = read_torch_file(path)
         mu, sigma = file["mu"], file["sigma"]
     except Exception as problem:  # unpickling raises almost anything on a foreign file
-        raise UserError(f"{path} is no statistics file of torch-fidelity (mu, sigma): {problem}") from problem
+        raise UserError(f"{path} is not a statistics file of torch-fidelity (mu, sigma): {problem}") from problem
     return _gaussian(path, mu, sigma), _foreign_provenance(path, None)
 
 
@@ -140,10 +140,10 @@ def _gaussian(path: Path, mean: Any, cov: Any) -> Statistics:
     try:
         mean, cov = (torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in (mean, cov))
     except (TypeError, ValueError) as problem:
-        raise UserError(f"{path}: mu and sigma are no numbers: {problem}") from problem
+        raise UserError(f"{path}: mu and sigma are not numbers: {problem}") from problem
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not _finite(mean, cov):
         raise UserError(
-            f"{path}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} are no finite mean and covariance"
+            f"{path}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} are not a finite mean and covariance"
         )
     return Statistics(None, mean, cov)
 
@@ -157,4 +157,4 @@ def _npz_names(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
     except zipfile.BadZipFile as problem:
-        raise UserError(f"{path} is not a whole npz file: {problem}") from problem
+        raise UserError(f"{path} is not a complete npz file: {problem}") from problem

@@ -40,7 +40,7 @@ def load_statistics(path: str | Path) -> tuple[Statistics, dict[str, Any]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as problem:
-        raise UserError(f"{path} is no whole safetensors file: {problem}") from problem
+        raise UserError(f"{path} is not a complete safetensors file: {problem}") from problem
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} holds no statistics: its format is {metadata.get('format')!r}, expected {FORMAT!r}")
     tensors, described = load_tensors(path), json.loads(metadata["statistics"])

@@ -1,6 +1,6 @@
-"""Anyone's sets of images, as they lie on a disk: image files of any sizes, WebDataset shards, ADM's npz of samples.
+"""Stored sets of images of any origin: image files of any sizes, WebDataset shards, ADM's npz of samples.
 
-Images come as stored 8-bit RGB pixels. A set says how they were treated: counts of files by format and size, and the
+Images come as stored 8-bit RGB pixels. A set records how they were treated: counts of files by format and size, and the
 named crop. Sets that were treated differently are not comparable (a resize or JPEG moves an FID), and
 `check_comparable` refuses them.
 """
@@ -38,7 +38,7 @@ CROPS = {
 class Treatment:
     """How images came to their size.
 
-    crop: adm, resize, none (taken as they are), or unknown (a foreign file that does not say);
+    crop: adm, resize, none (taken as they are), or unknown (not recorded by a foreign file);
     size: (height, width) of all images, None when they differ or when it is unknown.
     """
 
@@ -99,7 +99,7 @@ class ImageSet:
             yield _stacked(pixels), torch.tensor(indices)
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of the set, in JSON values."""
+        """What a result records of the set, in JSON values."""
         size = list(self.treatment.size) if self.treatment.size else None
         return {
             "path": str(self.path),
@@ -168,7 +168,7 @@ def _folders_below(path: Path) -> Iterator[tuple[str, list[str]]]:
     for folder, folders, files in os.walk(path, followlinks=True):
         for link in (Path(folder, name) for name in folders):
             if link.is_symlink() and Path(folder).resolve().is_relative_to(link.resolve()):
-                raise UserError(f"{link} leads back to {link.resolve()}, where it lies itself: remove the link")
+                raise UserError(f"{link} leads back to {link.resolve()}, which contains it: remove the link")
         yield folder, files
 
 
@@ -243,7 +243,7 @@ def _npz(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as problem:
-        raise UserError(f"{path} is not a whole npz file: {problem}") from problem
+        raise UserError(f"{path} is not a complete npz file: {problem}") from problem
 
 
 def _image_header(path: Path, stream: Any) -> tuple[int, ...]:

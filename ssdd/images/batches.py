@@ -86,7 +86,7 @@ def read_split(cfg: DatasetConfig, split: str) -> tuple[Tensor, Tensor, int]:
 
 
 def _count_skipped(dataset: ImageDataset, asked: list[Key], indices: Tensor) -> Tensor:
-    """Report the asked-for images that another one stands in for; bool [b], true where the image is the one asked."""
+    """Report the requested images that another one replaces; bool [b], true where the image is the requested one."""
     readable = indices == torch.tensor([index for _, index in asked])
     for place in torch.nonzero(~readable).flatten().tolist():
         dataset.report_skipped(asked[place][1])

@@ -27,8 +27,8 @@ class ImageDataset:
     """Square uint8 images of a source, cropped for training (train=True) or for evaluation.
 
     ds[i] or ds[epoch, i] gives (uint8 [3, im_size, im_size], label, index). The training crop and flip are drawn from
-    (seed, epoch, i). An unreadable image raises UserError; with on_corrupt=skip the next readable one stands in for
-    it, with its own label and index: a returned index that is not the one asked for means "skipped".
+    (seed, epoch, i). An unreadable image raises UserError; with on_corrupt=skip the next readable one replaces
+    it, with its own label and index: a returned index that is not the requested one means "skipped".
     """
 
     def __init__(self, source: ImageSource, cfg: DatasetConfig, train: bool, seed: int = 0) -> None:
@@ -41,7 +41,7 @@ class ImageDataset:
         self.train = train
         self.seed = seed
         self.corrupt: dict[int, str] = {}
-        """Images left out so far: sample index -> where it lies (filled by the batch iterators)."""
+        """Images skipped so far: sample index -> where it lies (filled by the batch iterators)."""
         self._random_scale = train and cfg.aug_scale is not None
         self._keep = not self._random_scale and len(source) * 3 * cfg.im_size**2 <= KEPT_BYTES
         self._kept: dict[int, np.ndarray] = {}
@@ -63,10 +63,10 @@ class ImageDataset:
         raise UserError(f"none of the {len(self)} images of {self.source.name} {self.source.split} can be read")
 
     def report_skipped(self, index: int) -> None:
-        """Count an unreadable image that was left out; logs its place the first time."""
+        """Count an unreadable image that was skipped; logs its place the first time."""
         if index not in self.corrupt:
             self.corrupt[index] = self.source.where(index)
-            log.warning("left out unreadable image %s (%d so far)", self.corrupt[index], len(self.corrupt))
+            log.warning("skipped unreadable image %s (%d so far)", self.corrupt[index], len(self.corrupt))
 
     def _sample(self, epoch: int, index: int) -> tuple[Tensor, int, int]:
         pixels = self._training_pixels(epoch, index) if self.train else self._resized(index, self.cfg.im_size)

@@ -1,7 +1,7 @@
 """Images in WebDataset shards: tars of `{key}.jpg` and `{key}.cls`, local or at any fsspec URL, read by index.
 
 Stock loaders read shards as streams, in an order that depends on processes and workers. Here any picture can be read at
-any time, as from a folder of files: each tar is gone through once, and where its members lie is kept in a small JSON
+any time, as from a folder of files: each tar is scanned once, and where its members lie is kept in a small JSON
 file. Remote shards are first copied, whole, to this machine.
 """
 
@@ -101,7 +101,7 @@ def open_shards(root: str, split: str, cache_dir: str | None = None) -> tuple[Sh
 
 
 def pictures_of(shards: Sequence[tuple[Path, list[Entry]]]) -> tuple[ShardedImages, np.ndarray]:
-    """Pictures of local tars, gone through by `index_tar`, in order; and their labels, int64 [n]."""
+    """Pictures of local tars, scanned by `index_tar`, in order; and their labels, int64 [n]."""
     entries = [(number, *entry) for number, (_, found) in enumerate(shards) for entry in found]
     places = np.array([(number, offset, size) for number, _, offset, size, _ in entries], dtype=np.int64)
     labels = np.array([label for *_, label in entries], dtype=np.int64)
@@ -133,8 +133,8 @@ def _find(root: str, split: str) -> tuple[RemoteFolder, list[str]]:
     of_split = [name for name in names if re.search(SPLIT_WORD[split], name.lower())]
     if not of_split:
         raise UserError(
-            f"dataset.root={root}: no shard of split {split} among {names[0]} ... {names[-1]}. Names must say their "
-            "split, as in DIR_OR_URL/{train-{000..127},val-{00..06}}.tar"
+            f"dataset.root={root}: no shard of split {split} among {names[0]} ... {names[-1]}. Names must "
+            "contain their split, as in DIR_OR_URL/{train-{000..127},val-{00..06}}.tar"
         )
     return RemoteFolder(base), of_split
 
@@ -149,7 +149,7 @@ def _class_names(folder: RemoteFolder) -> list[str]:
 
 
 def _open_shard(folder: RemoteFolder, name: str, place: Path) -> tuple[Path, list[Entry]]:
-    """The shard as it is now: copied if it is remote, and gone through, unless `place` has that already."""
+    """The shard as it is now: copied if it is remote, and scanned, unless `place` has that already."""
     local = folder.local(name)
     path, index = local or place / name, place / f"{name}.json"
     version = {"index": INDEX_VERSION, **folder.version(name)}
@@ -169,7 +169,7 @@ def index_tar(path: Path, where: str = "", labelled: bool = True) -> list[Entry]
     """The pictures of a tar in their order. UserError, with `where` it is, when it is malformed or not whole.
 
     Members are named as WebDataset does: the key ends at the first dot of the file name. Members that are neither
-    picture nor label are left alone, but for pickles: no shard with one is read.
+    picture nor label are left alone, but for pickles: shards that contain one are not read.
     labelled: whether every picture must have a label; otherwise none is read, and all are -1.
     """
     where = where or str(path)
@@ -182,7 +182,7 @@ def index_tar(path: Path, where: str = "", labelled: bool = True) -> list[Entry]
             stem, _, extension = file_name.partition(".")
             key, extension = folder + slash + stem, extension.lower()
             if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
-                raise UserError(f"{where}:{member.name} is a pickle, which can run code: no shard with one is read")
+                raise UserError(f"{where}:{member.name} is a pickle, which can run code: remove it from the shard")
             if extension in IMAGE_EXTENSIONS:
                 if key in pictures:
                     raise UserError(f"{where} has two pictures of sample {key}: make keys unique")
@@ -211,7 +211,7 @@ def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
                     yield member
             end = tar.offset
     except (tarfile.TarError, ValueError) as error:
-        raise UserError(f"{where} is not a whole, uncompressed tar ({error}): copy or make it again") from None
+        raise UserError(f"{where} is not a complete, uncompressed tar ({error}): copy or make it again") from None
     file.seek(end)
     zeros = 0
     while (block := file.read(BLOCK)) and not block.strip(b"\0"):

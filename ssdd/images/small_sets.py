@@ -131,4 +131,4 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
             raise ValueError(f"the file starts with {magic:#x} instead of {0x800 + dimensions:#x}")
         return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as problem:
-        raise UserError(f"{path} is not a whole IDX file: {problem}. Fetch it again") from problem
+        raise UserError(f"{path} is not a complete IDX file: {problem}. Fetch it again") from problem

@@ -88,7 +88,7 @@ class ImageSource:
         return self.pictures.read(index)
 
     def where(self, index: int) -> str:
-        """Say which picture `index` is: a path for files, else source, split and number."""
+        """Describe where picture `index` is: a path for files, else source, split and number."""
         return self.pictures.where(index) or f"{self.name} {self.split} image {index}"
 
     def fingerprint(self) -> str:

@@ -44,19 +44,19 @@ class ImageFiles:
 
 
 def decode_rgb(file: Path | BinaryIO, where: str) -> Image.Image:
-    """Decode an encoded picture as PIL RGB. UserError that says `where` it lies when it can't be read."""
+    """Decode an encoded picture as PIL RGB. UserError that names `where` it lies when it can't be read."""
     try:
         with _opened(file) as image:
             return image.convert("RGB")
     except Exception as problem:  # a damaged file makes the decoders raise almost anything
         raise UserError(
             f"can't read the image {where}: {_reason(problem)}. "
-            "Replace or remove the file, or set dataset.on_corrupt=skip to leave such images out"
+            "Replace or remove the file, or set dataset.on_corrupt=skip to skip such images"
         ) from problem
 
 
 def stored_as(file: Path | BinaryIO, where: str) -> tuple[str, int, int]:
-    """(format and mode, width, height) that the picture's header tells; errors as of `decode_rgb`."""
+    """(format and mode, width, height) from the picture's header; errors as of `decode_rgb`."""
     try:
         with _opened(file) as image:
             return f"{image.format} {image.mode}", *image.size
@@ -83,7 +83,7 @@ def add_files(
 ) -> None:
     """Update `digest` with names and sizes, and with the content of each file unless all together are large.
 
-    sizes: in bytes, or what lies there in place of a file.
+    sizes: in bytes, or the kind of what is there instead of a file.
     """
     by_content = sum(size for size in sizes if isinstance(size, int)) <= HASHED_BYTES
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):

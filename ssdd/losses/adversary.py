@@ -26,8 +26,8 @@ class TimedGroupNorm(nn.Module):
 class Discriminator(nn.Module):
     """Probability [B] that images are real, given the noisy images x_t and the times t, as in SSDD's code.
 
-    trajectory: look at x_t beside the image. layers: convolutions of stride 2, at 64, 128, 256, 512, ... channels.
-    norm: "ada" (conditioned on t) or "group".
+    trajectory: look at x_t together with the image. layers: convolutions of stride 2, at 64, 128, 256, 512, ...
+    channels. norm: "ada" (conditioned on t) or "group".
     """
 
     TIME_CHANNELS = 128

@@ -65,7 +65,7 @@ class DistillationObjective(nn.Module):
     def forward(
         self, x: Tensor, draws: Draws, active: Terms = None, stored: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]; no use is made of `draws.t`.
+        """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]; `draws.t` is not used.
 
         stored: latents and teacher images made earlier from the same images and `draws.eps`.
         """

@@ -57,7 +57,7 @@ def step_draws(
 class ImageLosses(nn.Module):
     """Terms between a predicted image and its target: lpips, features and gan_disc, each where its network is given.
 
-    The discriminator is trained elsewhere and is no submodule; its parameters need no gradients while this is used.
+    The discriminator is trained elsewhere and is not a submodule; its parameters need no gradients while this is used.
     """
 
     def __init__(

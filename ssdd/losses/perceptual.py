@@ -66,7 +66,7 @@ class Lpips(nn.Module):
             return sum(head((x - y).square()).mean(dim=(1, 2, 3)) for x, y, head in heads)
 
     def train(self, mode: bool = True) -> Lpips:
-        """Stays in evaluation mode whatever a surrounding module does."""
+        """Stays in evaluation mode regardless of the surrounding module."""
         return super().train(False)
 
 
@@ -108,7 +108,7 @@ class FeatureDistance(nn.Module):
         return sum(stages) / len(stages)
 
     def train(self, mode: bool = True) -> FeatureDistance:
-        """Stays in evaluation mode whatever a surrounding module does."""
+        """Stays in evaluation mode regardless of the surrounding module."""
         return super().train(False)
 
 
@@ -117,7 +117,7 @@ class DreamSim(nn.Module):
 
     The package `dreamsim` brings architecture and distance; its weights come from the search path. UserError when
     either is missing. The package runs the code of facebookresearch/dino, through torch.hub, which would download it:
-    that code has to be in the weights' folder, where someone put it who wants it run. Images become 224 px by Pillow's
+    that code must already be in the weights' folder. Images become 224 px by Pillow's
     antialiased bicubic on 8-bit pixels, as the package has it.
     """
 
@@ -154,7 +154,7 @@ class DreamSim(nn.Module):
         return self.network(a, b)
 
     def train(self, mode: bool = True) -> DreamSim:
-        """Stays in evaluation mode whatever a surrounding module does."""
+        """Stays in evaluation mode regardless of the surrounding module."""
         return super().train(False)
 
 
@@ -165,7 +165,7 @@ def _dreamsim_folder() -> Path:
         raise UserError(
             f"{folder} lacks {' and '.join(lacking)}, which the package dreamsim fetches from the network and runs: "
             "on a connected machine `python -c \"from dreamsim import dreamsim; dreamsim(device='cpu', "
-            f"cache_dir='{folder.name}')\"`, beside that folder, adds them to it"
+            f"cache_dir='{folder.name}')\"`, run beside that folder, adds them to it"
         )
     return folder
 
@@ -185,7 +185,7 @@ def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, 
 
 
 def automatic_without_weights(names: Sequence[str]) -> list[str]:
-    """Perceptual metrics that "auto" among `names` leaves out on this machine."""
+    """Perceptual metrics of "auto" among `names` whose weights are not found."""
     return [name for name in PERCEPTUAL_METRICS if "auto" in names and name not in names and not _is_here(name)]
 
 

@@ -20,7 +20,7 @@ class PatchTokens(nn.Module):
 
     Images are resized (bicubic, no antialiasing) to `grid` patches, and the position table likewise, as DINOv2's own
     code and Hugging Face's do it. Weights: DINOv2-base from Meta's file, others from `<name>.safetensors` in the search
-    path. UserError if the model is no plain vision transformer, or its weights are missing or do not fit.
+    path. UserError if the model is not a plain vision transformer, or its weights are missing or do not fit.
     """
 
     def __init__(self, name: str, grid: tuple[int, int]):
@@ -55,7 +55,7 @@ class PatchTokens(nn.Module):
         return rearrange(tokens[:, self.model.num_prefix_tokens :], "b (i j) d -> b i j d", i=rows, j=columns)
 
     def train(self, mode: bool = True) -> PatchTokens:
-        """Stays in evaluation mode whatever a surrounding module does."""
+        """Stays in evaluation mode regardless of the surrounding module."""
         return super().train(False)
 
 

@@ -29,7 +29,7 @@ class Row:
     checksum: str = ""
 
     def provenance(self) -> dict[str, Any]:
-        """What a result says of the decoder: reference, sha256 of its weights, steps, sizes, encoder."""
+        """What a result records of the decoder: reference, sha256 of its weights, steps, sizes, encoder."""
         config = getattr(self.tokenizer, "config", {})
         return {
             "reference": self.reference,
@@ -58,9 +58,9 @@ def open_rows(specifications: Sequence[str], ckpt_dir: str | Path, device: torch
                 f"name:{DIFFUSERS}PATH for a KL-VAE"
             )
         if name.startswith(RESERVED):
-            raise UserError(f"decoder {specification!r}: {', '.join(RESERVED)} are other rows; choose another name")
+            raise UserError(f"decoder {specification!r}: {', '.join(RESERVED)} are reserved names; choose another name")
         if "/" in name or name.startswith("."):
-            raise UserError(f"decoder {specification!r}: its name becomes a folder, so it has no / and no leading dot")
+            raise UserError(f"decoder {specification!r}: its name becomes a folder: use no / and no leading dot")
         if name in (row.name for row in rows):
             raise UserError(f"two decoders are called {name!r}; give each its own name")
         if reference not in loaded:

@@ -62,14 +62,14 @@ DECODER_SIZES = {
     "XH": DecoderSize(256, (1, 2, 4, 4), layers=16),
     "G": DecoderSize(384, (1, 2, 4, 4), layers=16),
 }
-"""XS..G are the published sizes; XXS is ours, for quickstarts and tests on images of 16 to 32 px."""
+"""XS..G are the published sizes; XXS is an addition, for quickstarts and tests on images of 16 to 32 px."""
 DEFAULT_WINDOW = 8
 
 
 def parse_decoder(decoder: str | Mapping[str, Any]) -> tuple[DecoderSize, int]:
     """Size and attention window of a decoder given as "M", {"size": "M", "window": 8}, or with fields of `DecoderSize`.
 
-    Fields beside `size` replace those of that size. UserError for unknown names and impossible numbers.
+    Fields besides `size` replace those of that size. UserError for unknown names and impossible numbers.
     """
     options = {"size": decoder} if isinstance(decoder, str) else dict(decoder)
     window, name = options.pop("window", DEFAULT_WINDOW), options.pop("size", None)
@@ -258,7 +258,7 @@ class UViTDecoder(nn.Module):
             raise ValueError(f"the decoder takes latents of {self.z_dim} channels, got {z.shape[1]}")
         if self.conv_in.weight.device.type == "meta" and z.device.type != "meta":
             raise RuntimeError(
-                "the decoder's weights are not there: offloading must move the decoder as a whole, not layer by layer"
+                "the decoder's weights are not loaded: offloading must move the decoder as a whole, not layer by layer"
             )
         z = z.to(self.conv_in.weight.dtype)
         ctx = self.ada_ctx_proj(z)
@@ -286,12 +286,12 @@ class UViTDecoder(nn.Module):
         """v, and the tokens [B, H/8, W/8, D] after transformer block number `keep`.
 
         One image stands for all where there are several z, and one z where there are several images. ValueError where
-        their numbers, or that of the times, do not go together.
+        their numbers, or that of the times, do not match.
         """
         images, latents, times = len(x_t), len(condition.z_input), t.numel()
         batch = max(images, latents)
         if not {images, latents, times} <= {1, batch}:
-            raise ValueError(f"{images} images, {latents} latents and {times} times do not go together")
+            raise ValueError(f"{images} images, {latents} latents and {times} times do not match")
         x_t = x_t.expand(batch, -1, -1, -1)
         return (self._compiled or self._velocity_and_tokens)(x_t, t, condition, keep)
 

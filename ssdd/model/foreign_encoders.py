@@ -1,4 +1,4 @@
-"""Frozen networks from elsewhere: any diffusers AutoencoderKL, SD-VAE among them, or an encoder of the user's."""
+"""Frozen networks from elsewhere: any diffusers AutoencoderKL, SD-VAE among them, or an encoder given by the user."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class KLEncoder(nn.Module):
 
 
 class KLVAE(nn.Module):
-    """A whole diffusers `AutoencoderKL` in the place of a tokenizer, to compare with: its own encoder and decoder.
+    """A whole diffusers `AutoencoderKL` in place of a tokenizer, for comparison: its own encoder and decoder.
 
     Latents are those of `KLEncoder`. Decoding is deterministic: it takes neither noise nor steps.
     """

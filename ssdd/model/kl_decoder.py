@@ -1,4 +1,4 @@
-"""The decoder that SSDD replaces: that of LDM's KL-VAE (Rombach et al. 2022), deterministic; the paper's baseline."""
+"""The baseline decoder: that of LDM's KL-VAE (Rombach et al. 2022), deterministic; the paper's baseline."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_json
 
 UNKNOWN_ENCODER = "unknown"
-"""Fingerprint in the statistics of latents whose encoder nobody named."""
+"""Fingerprint in the statistics of latents whose encoder is unknown."""
 
 
 class DiagonalGaussian:
@@ -139,8 +139,8 @@ class LatentNorm:
         """UserError that names `where` unless the statistics are those of the encoder with this fingerprint."""
         if self.fingerprint == UNKNOWN_ENCODER != fingerprint:
             raise UserError(
-                f"{where} does not say which encoder its latents come from, so nothing may decode them: import the "
-                "cache again with tokenizer=REFERENCE (or fingerprint=) if you know it"
+                f"{where} does not record which encoder its latents come from, so they cannot be decoded: import "
+                "the cache again with tokenizer=REFERENCE (or fingerprint=) if you know it"
             )
         if self.fingerprint != fingerprint:
             raise UserError(

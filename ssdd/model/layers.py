@@ -75,7 +75,7 @@ class ResnetBlock(nn.Module):
         """`forward` in few passes and few new buffers, which is what large maps on a CPU need.
 
         Norms and modulations are one affine map each, in place where possible. The convolutions of x and skip, instead
-        of one of both together, spare putting them together.
+        of one of both together, avoid concatenating them.
         """
         parts = [x] if skip is None else [x, skip]
         scale, shift = modulation.chunk(2, dim=1)

@@ -129,7 +129,8 @@ class AdaLayerNorm(nn.Module):
 
 
 def resize_to(latent_map: Tensor, height: int, width: int) -> Tensor:
-    """Nearest neighbours of a latent-grid map on a grid that is coarser or no integer multiple; else the map itself.
+    """Nearest neighbours of a latent-grid map on a grid that is coarser or not an integer multiple; else the map
+    itself.
 
     A finer grid that divides evenly is left to broadcasting in `modulate`, so nothing of pixel size is materialised.
     """

@@ -47,7 +47,7 @@ class SSDD(nn.Module):
     fm_sampler: defaults of `decode`, {"steps": 8, "t_pow_shift": 2.0}.
     ckpt_dir: where run names are looked up.
 
-    UserError for names that mean nothing and weights that do not fit.
+    UserError for unknown names and weights that do not fit.
     """
 
     def __init__(
@@ -244,18 +244,18 @@ class SSDD(nn.Module):
         """From a folder, a weights file or a run name; files of ours carry their configuration.
 
         Keyword arguments replace entries of that configuration. Without one, as in an official SSDD file, encoder and
-        decoder are told from names and shapes. strict=False loads the tensors that fit and logs the rest.
+        decoder are inferred from names and shapes. strict=False loads the tensors that fit and logs the rest.
         """
         if unknown := set(overrides) - set(CONFIG_KEYS) - {"encoder_train", "posterior_std"}:
             raise UserError(
-                f"from_pretrained: {', '.join(sorted(unknown))} is no option of a tokenizer that has weights"
+                f"from_pretrained: {', '.join(sorted(unknown))}: unknown option of a tokenizer with weights"
             )
         path = resolve(str(reference), ckpt_dir)
         weights, metadata = read_weights(path)
         config = _stored_config(metadata, path) if METADATA_KEY in metadata else options_of(weights)
         config |= overrides
         if not {"encoder", "decoder"} <= set(config):
-            raise UserError(f"{path} does not say which networks it holds: pass encoder= and decoder=, as f8c4 and M")
+            raise UserError(f"{path} records no architecture: pass encoder= and decoder=, such as f8c4 and M")
         model = cls(**config)
         load_weights(model, weights, path, strict)
         model.license = license_of(weights, metadata, METADATA_KEY in metadata)

@@ -1,4 +1,4 @@
-"""Weights files of tokenizers: ours, the official ones, and the KL encoders of LDM and diffusers.
+"""Weights files of tokenizers: this project's, the official ones, and the KL encoders of LDM and diffusers.
 
 Nothing in a file is ever executed: `.safetensors`, and torch files read with `weights_only`.
 """
@@ -45,7 +45,8 @@ def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path, strict: bool = True) -> None:
-    """Load weights by name; on any difference in names or shapes nothing is loaded and one UserError says what differs.
+    """Load weights by name; on any difference in names or shapes nothing is loaded and one UserError lists what
+    differs.
 
     The error names the networks that the weights would fit. strict=False loads what fits and logs the rest.
     """
@@ -61,7 +62,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path,
             fitting = options_of(weights)
             hint = ", ".join(f"{name}={value!r}" for name, value in fitting.items())
             raise UserError(f"{message}. These weights fit {hint}" if fitting else message)
-        log.warning("%s; loaded what fits", message)
+        log.warning("%s; loaded the tensors that fit", message)
     fit = {key: value for key, value in weights.items() if key in expected and key not in unlike}
     module.load_state_dict(fit, strict=strict)
 
@@ -69,7 +70,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path,
 def options_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """{"encoder": ..., "decoder": ...} as `SSDD` takes them, read off the names and shapes of official or our tensors.
 
-    What cannot be told is missing.
+    What cannot be inferred is missing.
     """
     found: dict[str, Any] = {}
     prefix = "" if "out_proj.weight" in weights and "mid.attn_1.q.weight" in weights else "encoder."
@@ -118,7 +119,7 @@ OFFICIAL_LICENSE = "CC-BY-NC-4.0"
 
 
 def license_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str], ours: bool) -> str | None:
-    """The licence that a file's weights come under: what it says, or that of the official SSDD weights.
+    """The licence that a file's weights come under: what it records, or that of the official SSDD weights.
 
     ours: whether the file carries our configuration; one in the published layout without it counts as official.
     """

@@ -1,4 +1,4 @@
-"""Training of the discriminator beside the decoder: its own gradients, optimizer and checkpoint files."""
+"""Training of the discriminator in addition to the decoder: its own gradients, optimizer and checkpoint files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssdd.losses.objective import ImageLosses
 
 
 class AdversaryTraining:
-    """The adversary's half of every step; without a discriminator, nothing happens in any of them.
+    """The adversary's half of every step; without a discriminator its methods do nothing.
 
     images: the losses that show the discriminator what the decoder made in its last forward pass.
     """
@@ -37,7 +37,7 @@ class AdversaryTraining:
         self.parts = {"model_gan": Weights(discriminator), "optimizer_gan": OptimizerState(optimizer, "optimizer_gan")}
 
     def distribute(self, processes: Processes) -> None:
-        """Average its gradients over the processes; from here on it only learns in its own half of a step."""
+        """Average its gradients over the processes; from here on it is only trained in its own half of a step."""
         if self.discriminator is not None:
             self.model = processes.data_parallel(self.discriminator)
             self.discriminator.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""The networks that a training config asks for: tokenizer, objective with its losses, discriminator."""
+"""The networks that a training config describes: tokenizer, objective with its losses, discriminator."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def foreign_encoder(option: str | dict[str, Any]) -> bool:
 def build_tokenizer(cfg: SSDDConfig) -> SSDD:
     """The network that is trained: from `ssdd.checkpoint` where given, with its encoder frozen or not.
 
-    Its file says for how many steps the decoder is trained: one in distillation and objective=direct. UserError if
+    Its file records for how many steps the decoder is trained: one in distillation and objective=direct. UserError if
     images of `dataset.im_size` do not fit it.
     """
     decoder, one_step = cfg.ssdd.decoder, cfg.distill_teacher or cfg.objective == "direct"

@@ -1,4 +1,4 @@
-"""What a training run would cost on this machine, measured on a few steps of random images."""
+"""The cost of a training run on this machine, measured on a few steps of random images."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Evaluation:
         self.left_out += perceptual.automatic_without_weights(metrics)
         self._fell_back = False
         if self.left_out and processes.is_main:
-            log.warning("no weights on this machine, so left out: %s", ", ".join(self.left_out))
+            log.warning("skipped (weights not found): %s", ", ".join(self.left_out))
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], baselines: bool = False, reals: bool = False) -> dict[str, Any]:
@@ -122,20 +122,22 @@ class Evaluation:
         return result | {"pictures": pictures}
 
     def deciding(self, scores: dict[str, Any], wanted: str) -> tuple[str, float]:
-        """(metric, value where more is better) that decides what `best` is: `wanted`, or PSNR where that can't decide.
+        """(metric, value where more is better) that decides what `best` is: `wanted`, or PSNR where that cannot be
+        used.
 
-        FID can't below ten images a feature dimension, where it is mostly bias. Says once that PSNR decides.
+        FID cannot with fewer than ten images per feature dimension, where it is mostly bias. Warns once that PSNR
+        decides.
         """
         key = "rFID" if wanted == "FID" else wanted
         needed = IMAGES_A_DIMENSION * max((n.dim for n in self.networks if n.name == "inception"), default=0)
         if key not in scores:
             reason = "it is not measured here"
         elif wanted == "FID" and len(self.dataset) < needed:
-            reason = f"{len(self.dataset)} images are fewer than the {needed} from which a Frechet distance decides"
+            reason = f"{len(self.dataset)} images are fewer than the {needed} that a Frechet distance needs"
         else:
             return wanted, scores[key] if wanted in HIGHER_IS_BETTER else -scores[key]
         if not self._fell_back and self.processes.is_main:
-            log.warning("training.save_on_best=%s: %s; PSNR decides what is best", wanted, reason)
+            log.warning("training.save_on_best=%s: %s; PSNR selects the best checkpoint", wanted, reason)
         self._fell_back = True
         return "PSNR", scores["PSNR"]
 
@@ -211,7 +213,7 @@ class Evaluation:
 
 
 def _rows_of_checkpoint(cfg: SSDDConfig, device: torch.device) -> list[Row]:
-    """`ssdd.checkpoint` at every step count; where a frozen diffusers encoder is now, `ssdd.encoder` may say."""
+    """`ssdd.checkpoint` at every step count; where a frozen diffusers encoder is now, `ssdd.encoder` may change it."""
     encoder = encoder_option(cfg)
     moved = {"encoder": encoder} if foreign_encoder(encoder) else {}
     tokenizer = SSDD.from_pretrained(cfg.ssdd.checkpoint, cfg.ckpt_dir, **moved)
@@ -240,7 +242,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     if min(counts) < 1 or len(set(counts)) < len(counts):
         raise UserError(f"evaluation.steps={counts}: expected different numbers of steps, 1 or more")
     if cfg.evaluation.noise_draws == 1:
-        raise UserError("evaluation.noise_draws=1 has no spread; take two or more, or 0 to leave it out")
+        raise UserError("evaluation.noise_draws=1 has no spread; set 2 or more, or 0 to disable it")
     for row in rows:
         row.tokenizer.check_image_size(cfg.dataset.im_size, cfg.dataset.im_size)
     evaluation = Evaluation(cfg, processes, precision)

@@ -68,7 +68,7 @@ class Looks:
         progress.metrics(state.step, {f"val/{name}": v for name, v in scores.items() if isinstance(v, float)})
         best = state.best
         better = best is None or best["metric"] != metric or value > best["value"]
-        better = self.processes.agree(lambda: better)  # one answer for all, to the last bit
+        better = self.processes.agree(lambda: better)  # one decision for all, to the last bit
         if better:
             state.best = {"metric": metric, "value": value, "step": state.step}
         return better

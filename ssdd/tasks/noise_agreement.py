@@ -1,4 +1,4 @@
-"""Whether a student does with the noise what its teacher does, or averages it away."""
+"""Whether a student uses the noise as its teacher does, or averages it away."""
 
 from __future__ import annotations
 

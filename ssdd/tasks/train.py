@@ -2,8 +2,8 @@
 
 Every random draw of a step comes from one generator seeded by (seed, step) for the whole global batch, of which each
 process keeps its rows: a run does not depend on the number of processes, and a resumed run draws what it would have
-drawn. Averaged weights are computed beside the trained ones: no byte depends on when anyone looks. Equal bytes are
-promised for one kind of machine, number of threads and precision (docs/reliability.md).
+drawn. Averaged weights are computed separately from the trained ones: no byte depends on when they are evaluated. Equal
+bytes are promised for one kind of machine, number of threads and precision (docs/reliability.md).
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ def check(cfg: SSDDConfig, steps: int) -> None:
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
     if training.grad_clip < 0:
-        raise UserError(f"training.grad_clip={training.grad_clip} must not be negative; 0 switches clipping off")
+        raise UserError(f"training.grad_clip={training.grad_clip} must not be negative; 0 disables clipping")
     if training.fsdp and cfg.ssdd.compile:
-        raise UserError("training.fsdp=true does not go with compiled networks yet: set ssdd.compile=false")
+        raise UserError("training.fsdp=true does not support compiled networks yet: set ssdd.compile=false")
 
 
 def trained(network: SSDD, objective: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

@@ -42,7 +42,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class Judged:
-    """What one feature network says."""
+    """Figures on one feature network."""
 
     network: str
     tables: list[Table]
@@ -90,7 +90,7 @@ def _run(argv: list[str]) -> None:
 
 
 def write_report(cfg: PipelineConfig, stages: Sequence[Stage]) -> str:
-    """Write a pipeline's report.html beside the stages' folders; returns the table as text."""
+    """Write a pipeline's report.html next to the stages' folders; returns the table as text."""
     from ssdd_pipeline.stages import DIT, GENERATION, RECONSTRUCTION, STUDENT, TOKENIZER, curve_steps
 
     directory = Path(cfg.ckpt_dir) / cfg.name
@@ -132,7 +132,7 @@ def section(evaluation: Evaluation, number: int, pair: Sequence[str] = ()) -> Se
 
 
 def findings(evaluation: Evaluation, pair: Sequence[str]) -> list[str]:
-    """What the figures say of the first and the last decoder of `pair`, as far as they decide anything."""
+    """What the figures show about the first and the last decoder of `pair`, as far as they are decisive."""
     if len(pair) < 2:
         return []
     a, b = pair[0], pair[-1]
@@ -142,10 +142,10 @@ def findings(evaluation: Evaluation, pair: Sequence[str]) -> list[str]:
         if difference is None:
             continue
         if evaluation.optimised(network):
-            said.append(f"KID on {short(network)} decides nothing here: the network was a training loss.")
+            said.append(f"KID on {short(network)} is not used here: the network was a training loss.")
             continue
         closer = verdict(a, b, difference)
-        what = "not told apart from" if closer is None else "better than" if closer == a else "worse than"
+        what = "not distinguishable from" if closer is None else "better than" if closer == a else "worse than"
         interval = f"{difference['kid']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
         said.append(f"{a} is {what} {b} by KID on {short(network)}: paired difference {interval}.")
     rates = {row["name"]: row.get("images_per_s") for row in evaluation.result["rows"]}
@@ -165,7 +165,7 @@ def stage_row(stage: Stage, record: dict[str, Any]) -> StageRow:
 
 
 def precision_of(stage: Stage) -> str:
-    """What a finished stage says of its precision, such as "auto: bf16, AVX512-BF16"."""
+    """The recorded precision of a finished stage, such as "auto: bf16, AVX512-BF16"."""
     told = read_json(stage.outputs[-1])
     return told.get("precision", told.get("encoding", {}).get("precision", {})).get("why", NOT_RECORDED)
 

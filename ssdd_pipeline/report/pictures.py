@@ -21,7 +21,7 @@ LARGEST = 80  # side of a thumbnail; smaller images are shown pixel for pixel
 DECODERS, CLASSES = 4, 20  # shown at most
 LIMITS = (16, 32, 64, 128, 255)
 ORIGINALS = "originals"
-BLUE, RED = np.array([33, 102, 172]), np.array([178, 24, 43])  # darker, brighter; white is no difference
+BLUE, RED = np.array([33, 102, 172]), np.array([178, 24, 43])  # darker, brighter; white means no difference
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def coloured(differences: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _gallery(cards: Sequence[tuple[str, dict[str, np.ndarray], str]]) -> Gallery:
-    """cards: (title, strips [n, h, w, 3] by name, name of the one that the others are held against)."""
+    """cards: (title, strips [n, h, w, 3] by name, name of the one that the others are compared with)."""
     differences = [
         {name: difference(images, strips[first]) for name, images in strips.items() if name != first}
         for _, strips, first in cards

@@ -50,7 +50,7 @@ def draw(
 ) -> Plot:
     """Curves with their intervals, and a floor as a dotted line. name: begins the ids inside the SVG.
 
-    scales: xscale, yscale as matplotlib has them; ticks: places of the ticks of x.
+    scales: xscale, yscale as in matplotlib; ticks: places of the ticks of x.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -145,7 +145,7 @@ def quality_plots(evaluation: Evaluation, network: str, name: str) -> list[Plot]
 
 
 def noise_plot(evaluation: Evaluation, network: str, name: str) -> list[Plot]:
-    """How much noise on the latents each decoder forgives, where that was measured."""
+    """How robust each decoder is to noise on the latents, where that was measured."""
     decoders = evaluation.result.get("latent_noise", {}).get(network)
     if not decoders:
         return []

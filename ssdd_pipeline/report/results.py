@@ -52,7 +52,7 @@ class Evaluation:
         return sorted(self.result["rows"], key=lambda row: (families.index(family(row["name"])), row.get("steps") or 0))
 
     def checkpoint(self, decoder: str) -> str | None:
-        """Reference of its checkpoint, where the result tells."""
+        """Reference of its checkpoint, where the result records it."""
         return self.result.get("decoders", {}).get(decoder, {}).get("reference")
 
     def loss_networks(self) -> dict[str, set[str] | None]:
@@ -60,7 +60,7 @@ class Evaluation:
         return {name: trained_on(self.checkpoint(name), self.folder) for name in self.decoders}
 
     def optimised(self, network: str) -> list[str]:
-        """The decoders that had `network` in a training loss: to those it is no judge."""
+        """The decoders that had `network` in a training loss; its figures are biased in their favour."""
         return [name for name, used in self.loss_networks().items() if used and canonical(network) in used]
 
 
@@ -73,7 +73,7 @@ def open_evaluation(folder: Path) -> Evaluation:
         )
     result = read_json(path)
     if not isinstance(result, dict) or result.get("task") not in TASKS:
-        raise UserError(f"{path} is no evaluation's: its task is not {' or '.join(TASKS)}")
+        raise UserError(f"{path} is not the result of an evaluation: its task is not {' or '.join(TASKS)}")
     return Evaluation(folder.name, folder, result, read_config(folder / "config.yaml"))
 
 
@@ -109,7 +109,7 @@ def trained_on(reference: str | None, beside: Path) -> set[str] | None:
 
 
 def canonical(network: str) -> str:
-    """One name for a network that is a loss under timm's name and a judge under ours."""
+    """One name for a network that is a loss under timm's name and an evaluation network under ours."""
     name = network.removeprefix(TIMM_PREFIX)
     return {LITE0: "efficientnet_lite0"}.get(name, TIMM_ALIASES.get(name, name))
 
@@ -168,7 +168,7 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
         for network, checksum in result["features"].items()
     ]
     facts["loss networks"] = [
-        f"{name}: {'not known, its config.yaml is not here' if used is None else ', '.join(sorted(used)) or 'none'}"
+        f"{name}: {'unknown (config.yaml not found)' if used is None else ', '.join(sorted(used)) or 'none'}"
         for name, used in evaluation.loss_networks().items()
     ]
     resamples = config.get("evaluation", {}).get("resamples")
@@ -176,7 +176,7 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
     facts["rounding"] = result.get("rounding", "clamp to [-1, 1], scale to 0..255, round")
     facts["peak memory"] = f"{result['peak_memory_bytes'] / 2**30:.2f} GiB" if "peak_memory_bytes" in result else ""
     facts["skipped images"] = result.get("skipped") or "none"
-    facts["left out for want of weights"] = result.get("left_out") or "nothing"
+    facts["skipped (weights not found)"] = result.get("left_out") or "nothing"
     facts["notes"] = result.get("notes", [])
     return [
         (label, [str(line) for line in (value if isinstance(value, list) else [value])])

@@ -152,11 +152,11 @@ def _optimised_notes(evaluation: Evaluation, optimised: dict[str, list[str]]) ->
     notes = []
     if decoders:
         notes.append(
-            f"optimised: the column's network was a training loss of {', '.join(decoders)}; it is no judge of "
-            f"{'it' if len(decoders) == 1 else 'them'}."
+            f"optimised: the column's network was a training loss of {', '.join(decoders)}; its figures are "
+            f"biased in favour of {'it' if len(decoders) == 1 else 'them'}."
         )
     if unknown := [name for name, used in evaluation.loss_networks().items() if used is None]:
-        notes.append(f"The training losses of {', '.join(unknown)} are not known here, so no column could be marked.")
+        notes.append(f"Training losses of {', '.join(unknown)}: unknown (config.yaml not found), so not marked.")
     return notes
 
 
@@ -244,7 +244,9 @@ def summary(reconstruction: Evaluation, generation: Evaluation, hidden: set[str]
             f"(r) and {floors[1]['count']} (g) held-out images to training images."
         )
         if decoders := reconstruction.optimised(network):
-            caption += f" Optimised: a training loss of {', '.join(decoders)}, which makes it no judge of them."
+            caption += (
+                f" Optimised: a training loss of {', '.join(decoders)}, so its figures are biased in their favour."
+            )
         parts.append(_aligned(caption, header, rows))
     return "\n\n".join([*parts, counts])
 

@@ -73,7 +73,7 @@ def test_equal_decoders_score_equally_and_batches_do_not_matter(sample_set):
 
 def test_a_classifier_of_fewer_classes_is_no_judge(sample_set):
     SmallClassifier(9).save(sample_set / "nine.safetensors")
-    with pytest.raises(UserError, match="knows classes 0 to 8, samples have label 9"):
+    with pytest.raises(UserError, match="was trained on classes 0 to 8, samples have label 9"):
         evaluate(sample_set, f"evaluation.classifier={sample_set / 'nine.safetensors'}")
 
 

@@ -128,7 +128,7 @@ def test_a_result_says_where_its_figures_come_from(folder):
     assert only(result["networks"])["checksum"] == only(result["features"])
     assert only(result["networks"])["resize"] == "none" and "round" in result["rounding"]
     assert result["labels"].startswith("balanced") and "10 classes, 2 to 2" in result["labels"]
-    assert any("fewer than 10 a dimension" in note for note in result["notes"])
+    assert any("fewer than 10 per dimension" in note for note in result["notes"])
     assert not list((folder / "evaluation" / "measured").rglob("chunks"))  # their features are not kept twice
 
 

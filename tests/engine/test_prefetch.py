@@ -140,7 +140,7 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_an_error_at_once(server, 
     model = weights.PretrainedWeights("resnet50.safetensors", "timm", url=server.url)
     monkeypatch.setattr(prefetch_weights, "lookup", lambda name: model)
     assert fetch(tmp_path, "timm/resnet50") == 2 and len(server.ranges) == 4
-    assert "answers 404" in (error := capsys.readouterr().err) and "timm/resnet50.a1_in1k" in error
+    assert "returned 404" in (error := capsys.readouterr().err) and "timm/resnet50.a1_in1k" in error
 
 
 def test_a_dead_server_is_an_error(server, tmp_path, capsys):
@@ -164,7 +164,7 @@ def test_archives_are_unpacked_whole_or_not_at_all(server, tmp_path, capsys, mon
     monkeypatch.setitem(
         weights.PRETRAINED, "dreamsim", replace(weights.PRETRAINED["dreamsim"], url=server.url, sha256="")
     )
-    for content, message in ((archive(members[:2]), "lacks some of"), (b"<html>", "sends no zip")):
+    for content, message in ((archive(members[:2]), "lacks some of"), (b"<html>", "did not return a zip")):
         server.content = content
         assert fetch(tmp_path, "dreamsim") == 2 and message in capsys.readouterr().err
         assert not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ def test_mixed_folders_are_compared_and_the_result_says_how_each_was_treated(fol
     assert rows[good]["frechet_ratio"] == pytest.approx(ratio) and 0.5 < ratio < 2 < rows[inverted]["frechet_ratio"]
     assert rows[good]["kid_of_subsets_deviation"] > 0
     assert result["decision"]["efficientnet_lite0"]["closest"] == good
-    assert "24 images are fewer than 10 a dimension" in printed and "crop adm" in printed and "FID" not in printed
+    assert "24 images are fewer than 10 per dimension" in printed and "crop adm" in printed and "FID" not in printed
 
 
 def test_names_with_a_dash_between_spaces_decide_nothing_that_the_interval_leaves_open():

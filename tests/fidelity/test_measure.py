@@ -113,7 +113,7 @@ def test_torch_fidelitys_statistics_are_read_without_running_code(tmp_path):
             return (print, ("code ran",))
 
     torch.save({"mu": mu, "sigma": Malicious()}, path)
-    with pytest.raises(UserError, match="no statistics file"):
+    with pytest.raises(UserError, match="not a statistics file"):
         SetToMeasure(path)
 
 

@@ -111,7 +111,7 @@ def test_what_is_no_set_of_images_is_an_error(tmp_path, mixed):
     (tmp_path / "broken.npz").write_bytes(b"PK")
     (tmp_path / "empty").mkdir()
     for name, message in (
-        ("floats.npz", "float64"), ("other.npz", "no array arr_0"), ("broken.npz", "not a whole npz"),
+        ("floats.npz", "float64"), ("other.npz", "no array arr_0"), ("broken.npz", "not a complete npz"),
         ("empty", "no images"), ("absent", "no such file"), ("objects.npy", "expected a folder"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

@@ -213,7 +213,7 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_the_build_goes_on_later(means
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left.*it will go on"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left.*it will continue"):
         patch.setattr(os, "fsync", fill_up)
         build(settings(tmp_path))
     build(settings(tmp_path))

@@ -40,7 +40,7 @@ def test_a_preloaded_split_gives_the_same(means, moments):
             for expected, found in zip(itertools.islice(mapped.batches(16, 3), 5), loaded.batches(16, 3), strict=False):
                 assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
             assert loaded.labels.tolist() == mapped.labels.tolist()
-    with pytest.raises(UserError, match="preload=nowhere: 0.0 GB of latents can't be put there"):
+    with pytest.raises(UserError, match="preload=nowhere: 0.0 GB of latents can't be loaded there"):
         LatentDataset(means, preload="nowhere")
 
 

@@ -226,7 +226,7 @@ def killed(*arguments):
 
 def test_a_folder_in_the_way_is_left_alone(mean_cache, tmp_path):
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(UserError, match="is there already and is not this export"):
+    with pytest.raises(UserError, match="exists and is not this export"):
         export(ExportConfig(str(mean_cache), "repa", str(tmp_path)))
     assert os.listdir(tmp_path) == ["mine"]
 
@@ -308,7 +308,7 @@ def test_nobody_decodes_latents_of_an_encoder_that_nobody_named(tmp_path, tokeni
     assert cache.manifest["tokenizer"]["fingerprint"] == "unknown"
     assert main(["info", f"cache={tmp_path / 'cache'}"]) == 0
     assert "name unknown, weights unknown" in capsys.readouterr().out
-    with pytest.raises(UserError, match="does not say which encoder .* import the cache again with tokenizer="):
+    with pytest.raises(UserError, match="does not record which encoder .* import the cache again with tokenizer="):
         LatentNorm.load(tmp_path / "cache/z_stats.json", FINGERPRINT)
     named = ImportConfig("lightningdit", str(folder), str(tmp_path / "named"), fingerprint=FINGERPRINT)
     import_latents(named)
@@ -338,10 +338,12 @@ def test_nothing_in_a_foreign_file_is_run(tmp_path, monkeypatch):
     folder, _ = foreign(tmp_path)
     for content in (pickle.dumps(Bomb()), pickle.dumps({"mean": Bomb(), "std": 1}), b"", b"PK\x03\x04 broken"):
         (folder / "latents_stats.pt").write_bytes(content)
-        with pytest.raises(UserError, match=r"latents_stats\.pt is not a file of two tensors.*nothing in it was run"):
+        with pytest.raises(
+            UserError, match=r"latents_stats\.pt is not a file of two tensors.*nothing in it was executed"
+        ):
             import_latents(ImportConfig("lightningdit", str(folder), "cache"))
     torch.save({"mean": Bomb(), "std": torch.ones(3)}, folder / "latents_stats.pt")
-    with pytest.raises(UserError, match="nothing in it was run"):
+    with pytest.raises(UserError, match="nothing in it was executed"):
         import_latents(ImportConfig("lightningdit", str(folder), "cache"))
     (tmp_path / "repa").mkdir()
     np.save(tmp_path / "repa/a.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
@@ -386,7 +388,7 @@ def lose_sample(folder):
         (cut, r"imagenet256_features/3\.npy can't be read"),
         (reshape, r"3\.npy has shape \(1, 3, 2, 2\), others have \(1, 3, 4, 4\)"),
         (poison, r"3\.npy holds values that are not finite"),
-        (lose_sample, r"holds 49 latents, its export\.json says 50"),
+        (lose_sample, r"holds 49 latents, its export\.json records 50"),
         (lambda folder: shutil.rmtree(folder / "imagenet256_features"), "is not a cache of fast-DiT"),
     ],
 )

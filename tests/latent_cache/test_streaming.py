@@ -131,7 +131,7 @@ def test_a_state_is_for_its_kind_of_reader_but_a_start_is_for_all(means, tmp_pat
     stream.load_state_dict(stream.state_dict())
     next(stream.batches(10))
     mapped.load_state_dict(stream.state_dict())
-    with pytest.raises(UserError, match="window=None, but the state to go on from belongs to window 2"):
+    with pytest.raises(UserError, match="window=None, but the state to continue from belongs to window 2"):
         mapped.batches(10)
     next(mapped.batches(10, start_step=0))
     stream.load_state_dict(mapped.state_dict())
@@ -148,7 +148,7 @@ def test_an_iteration_resumes_to_the_sample(means, tmp_path):
     other.load_state_dict(resumed.state_dict())
     assert begun + [index for _, _, index in other] == whole
     assert sorted(index for _, _, index in other) == list(range(60))
-    with pytest.raises(UserError, match="window=3, but the state to go on from belongs to window 16"):
+    with pytest.raises(UserError, match="window=3, but the state to continue from belongs to window 16"):
         different = StreamingLatents(str(means), cache_dir=tmp_path, window=3)
         different.load_state_dict(resumed.state_dict())
         next(iter(different))

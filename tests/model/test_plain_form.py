@@ -56,7 +56,7 @@ def test_one_image_or_one_latent_stands_for_all_and_other_numbers_are_refused(gr
         expected = torch.cat([model.decoder(x[i : i + 1], t[i], z[:1]) for i in (0, 1)])
         assert (model.decoder(x, t, z[:1]) - expected).abs().max() < 1e-5
         for wrong in ((x[:1], t, z[:1]), (x, torch.rand(3), z), (torch.randn(3, 3, 16, 16), 0.5, z)):
-            with pytest.raises(ValueError, match="do not go together"):
+            with pytest.raises(ValueError, match="do not match"):
                 model.decoder(*wrong)
 
 

@@ -152,5 +152,5 @@ def test_what_a_file_says_of_itself_is_not_trusted_further_than_its_networks(tok
         save_tensors(path, tokenizer.state_dict(), {"ssdd": damaged})
         with pytest.raises(UserError, match="not the JSON object"):
             SSDD.from_pretrained(path)
-    with pytest.raises(UserError, match="checkpoint is no option"):
+    with pytest.raises(UserError, match="checkpoint: unknown option"):
         SSDD.from_pretrained(path, checkpoint="elsewhere")

@@ -170,16 +170,18 @@ def test_columns_of_a_network_that_was_a_training_loss_are_marked_and_the_others
     for caption, header in by_network[NETWORK]:
         marked = [cell for cell in header if "optimised" in cell]
         assert marked and not any(cell.startswith(("PSNR", "decode", "closer")) for cell in marked)
-        assert "student-1; it is no judge" in caption or caption.startswith(("KID differences", "Generation gap"))
+        assert "student-1; its figures are biased in favour" in caption or caption.startswith(
+            ("KID differences", "Generation gap")
+        )
     assert not any("optimised" in cell for _, header in by_network["classifier"] for cell in header)
-    assert f"KID on {NETWORK} decides nothing here" in page
+    assert f"KID on {NETWORK} is not used here" in page
 
 
 def test_a_run_whose_losses_are_not_found_is_named(evaluations, tmp_path):
     shutil.rmtree(tmp_path / "jobs" / "tokenizer")  # the student started from it: its losses aren't known either
     assert main([str(evaluations[0]), f"out={tmp_path / 'report.html'}"]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "training losses of teacher-4, teacher-1, student-1 are not known" in page
+    assert "Training losses of teacher-4, teacher-1, student-1: unknown" in page
 
 
 def test_what_results_say_is_escaped_and_nothing_refers_outside_the_page(page):

@@ -76,7 +76,7 @@ def test_the_time_grid_of_the_command_line_is_used_and_no_pictures_are_an_option
     one, other = (run(trained(*command, f"ssdd.fm_sampler.t_pow_shift={power}"))["rows"][0]["PSNR"] for power in (2, 1))
     assert one != other
     assert not (tmp_path / "jobs" / "eval" / "pictures").exists()
-    with pytest.raises(UserError, match="two or more"):
+    with pytest.raises(UserError, match="set 2 or more"):
         run(trained(*command, "evaluation.noise_draws=1"))
 
 
