@@ -111,7 +111,7 @@ def hold_lock(root: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"{root}: another pipeline, or a stage that a killed one left running, is running; waiting", flush=True)
+        print(f"{root}: another pipeline, or a stage left over from a killed one, is running; waiting", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 

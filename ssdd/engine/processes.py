@@ -46,8 +46,8 @@ class Processes:
         for name in SHARDING_LAUNCHERS:
             if _flag(f"ACCELERATE_USE_{name}"):
                 raise UserError(
-                    f"accelerate is configured for {name}, which these programs do not support: run `accelerate "
-                    "config` again without it, or launch with torchrun, and set training.fsdp=true to shard parameters"
+                    f"accelerate is configured for {name}, which is not supported: run `accelerate config` again "
+                    "without it, or launch with torchrun, and set training.fsdp=true to shard parameters"
                 )
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("device=cuda, but this machine has no usable GPU: use device=cpu or device=auto")

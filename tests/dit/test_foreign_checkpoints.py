@@ -130,7 +130,7 @@ def test_a_bare_file_in_the_plain_layout_asks_whose_it_is(tmp_path):
     torch.save(layout(), tmp_path / "w.pt")
     with pytest.raises(UserError, match="family=dit, sit, repa or lightningdit"):
         load_dit(tmp_path / "w.pt")
-    with pytest.raises(UserError, match="none of dit"):
+    with pytest.raises(UserError, match="expected one of dit"):
         load_dit(tmp_path / "w.pt", "ddpm")
     assert load_dit(tmp_path / "w.pt", "dit").config["convention"] == "ddpm"
 
@@ -283,7 +283,7 @@ def test_what_sit_cannot_express_is_refused(tmp_path):
         export_dit(model, tmp_path / "w.safetensors", layout="sit")
     with pytest.raises(UserError, match="noise predictor"):
         export_dit(load_dit(laid_down("dit", tmp_path)[0]), tmp_path / "w.safetensors", layout="sit")
-    with pytest.raises(UserError, match="none of dit, sit"):
+    with pytest.raises(UserError, match="expected one of dit, sit"):
         export_dit(model, tmp_path / "w.safetensors", layout="mar")
     with pytest.raises(UserError, match="ends in"):
         export_dit(model, tmp_path / "w.pt")

@@ -294,7 +294,7 @@ THREE = {f"{key}.{extension}": content for key in "abc" for extension, content i
 def test_a_damaged_shard_is_an_error_with_its_path(tmp_path, damage):
     tar = write_tar(tmp_path / "train/000007.tar", THREE)
     tar.write_bytes(damage(tar.read_bytes()))
-    with pytest.raises(UserError, match=rf"{tar} is (damaged|not a whole)"):
+    with pytest.raises(UserError, match=rf"{tar} is (damaged|not a complete)"):
         open_source(settings(tmp_path), "train")
 
 
@@ -306,7 +306,7 @@ def test_a_shard_that_breaks_off_anywhere_is_an_error(tmp_path):
     assert len(index_tar(whole)) == 3
     for size in (*range(0, end, 128), end, end + 511):
         tar.write_bytes(content[:size])
-        with pytest.raises(UserError, match=rf"{tar} is (damaged|not a whole)"):
+        with pytest.raises(UserError, match=rf"{tar} is (damaged|not a complete)"):
             index_tar(tar)
 
 

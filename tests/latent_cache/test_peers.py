@@ -296,7 +296,7 @@ def test_the_literal_of_a_foreign_fast_dit_cache_is_taken_out(tmp_path):
     assert np.allclose(cache.norm.mean, raw.mean((0, 2, 3)), rtol=1e-5) and cache.num_classes == 5
     assert np.allclose(cache.norm.denormalise(cache.gather(range(12))[0]), raw, atol=2e-2)
     assert cache.labels.tolist() == [i % 4 for i in range(12)]
-    with pytest.raises(UserError, match="labels 0 to 3: they don't fit 2 classes"):
+    with pytest.raises(UserError, match="labels 0 to 3: expected labels of 2 classes"):
         import_latents(ImportConfig("fast-dit", str(tmp_path / "fast"), str(tmp_path / "other"), classes=2))
 
 
