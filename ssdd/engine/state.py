@@ -40,7 +40,8 @@ class TrainingState:
     """How far a run is, and all that its next step reads besides its config.
 
     identity: JSON values that must not change while the run goes on. parts: by the names of their files.
-    metadata: of every weights file. precision: that of the steps to come; earlier: names of those before it.
+    metadata: of every weights file. precision: that of the steps to come; earlier: names of those before it;
+    before: that of the last step, None for a new run.
     best: which evaluation was the best, where a run is evaluated.
     """
 
@@ -55,6 +56,7 @@ class TrainingState:
     metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
     earlier: list[str] = field(default_factory=list)
+    before: str | None = None
     _began: float = field(default_factory=time.perf_counter)
 
     def restore(self, steps: int) -> None:
@@ -74,8 +76,9 @@ class TrainingState:
         for name, part in self.parts.items():
             part.load(tensors.get(name, {}), values)
         self.step, self.metrics = values["step"], values["metrics"]
-        self.best, before = values.get("best"), values.get("precisions", [])
-        self.earlier = before[:-1] if before[-1:] == [self.precision.name] else before
+        self.best, names = values.get("best"), values.get("precisions", [])
+        self.before = names[-1] if names else None
+        self.earlier = names[:-1] if self.before == self.precision.name else names
         self._began = time.perf_counter() - values["seconds"]
 
     def log(self, steps: int, title: str, wandb: str | None) -> ProgressLog:
@@ -91,7 +94,7 @@ class TrainingState:
 
     def headline(self) -> str:
         """The first line of the log; says so where the run goes on in another precision than before."""
-        changed = f"; {self.earlier[-1]} until step {self.step}" if self.earlier else ""
+        changed = "" if self.before in (None, self.precision.name) else f"; {self.before} until step {self.step}"
         return f"precision {self.precision}{changed}"
 
     def result(self, steps: int, batch_size: int, trained: Iterable[Tensor]) -> dict[str, Any]:

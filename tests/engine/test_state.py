@@ -95,6 +95,8 @@ def test_a_run_that_goes_on_in_another_precision_says_so_in_its_first_line_and_r
         ("bf16", "precision bf16", None),
         ("bf16", "precision bf16", None),
         ("no", "precision no; bf16 until step 2", ["bf16"]),
+        ("no", "precision no", ["bf16"]),
+        ("bf16", "precision bf16; no until step 4", ["bf16", "no"]),
     ):
         run = Run(tmp_path, precision)
         run.state.restore(steps=5)
