@@ -34,7 +34,12 @@ class SchemaField(NamedTuple):
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        return tuple(self.field.metadata.get("choices", ()))
+        """The allowed values: metadata `choices` is a tuple, a table whose keys they are, or a function giving either.
+
+        Read anew each time, so that an entry added to a table is a choice at once.
+        """
+        choices = self.field.metadata.get("choices", ())
+        return tuple(choices() if callable(choices) else choices)
 
 
 def schema_fields(schema: type, prefix: str = "") -> dict[str, SchemaField]:

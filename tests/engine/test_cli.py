@@ -229,6 +229,22 @@ def test_errors_in_files_name_the_file_and_the_line(configs):
     assert "top level" in refusal("preset=bad")
 
 
+def test_choices_are_a_tuple_a_table_or_a_function_and_follow_the_table():
+    table = {"euler": 1}
+
+    @dataclass
+    class Config:
+        solver: str = field(default="euler", metadata={"choices": table})
+        other: str = field(default="none", metadata={"choices": lambda: ("none", *table)})
+
+    with pytest.raises(UserError, match="solver must be one of euler; got 'heun'"):
+        read("solver=heun", schema=Config)
+    table["heun"] = 2
+    cfg = read("solver=heun", "other=heun", schema=Config)
+    assert (cfg.solver, cfg.other) == ("heun", "heun")
+    assert "euler | heun" in schema_help.help_text(Config, "p", "d")
+
+
 def test_a_value_outside_the_choices_lists_them():
     expected = "argument 'source=digit': source must be one of digits, fashion_mnist; got 'digit'; did you mean digits?"
     assert refusal("source=digit") == expected
