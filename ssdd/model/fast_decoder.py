@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.recompute import run_block
-from ssdd.model.flow import expand_time
+from ssdd.model.flow import at_least_float32, expand_time
 from ssdd.model.layers import TimeEmbedding
 
 TRUNK_STRIDE = 8
@@ -265,7 +265,7 @@ class FastDecoder(nn.Module):
         if z.shape[1] != self.z_dim or z.shape[2:] != (height // self.stride, width // self.stride):
             raise ValueError(f"a latent {list(z.shape)} does not fit {self.z_dim} channels and {height}x{width} pixels")
         z = z.to(self.stem.weight.dtype)
-        base = F.pixel_shuffle(self.base(z).float(), self.stride)
+        base = F.pixel_shuffle(at_least_float32(self.base(z)), self.stride)
         h = self.stem(F.pixel_unshuffle(z, self.fold_in))
         if self.statistics is not None:
             statistics = self.latent_statistics(z) if statistics is None else statistics
@@ -276,7 +276,7 @@ class FastDecoder(nn.Module):
         return FastCondition(h, base)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: FastCondition) -> Tensor:
-        """v [B, 3, H, W] float32 at image x_t and time t (scalar or [B])."""
+        """v [B, 3, H, W] at image x_t and time t (scalar or [B]), float32 (float64 if x_t is)."""
         return self.velocity_and_tokens(x_t, t, condition)[0]
 
     def velocity_and_tokens(
@@ -295,7 +295,8 @@ class FastDecoder(nn.Module):
     def _velocity_and_tokens(
         self, x_t: Tensor, t: Tensor, condition: FastCondition, keep: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        x_t, t, s = x_t.float(), expand_time(t.float(), x_t), self.size.residual_std
+        x_t = at_least_float32(x_t)
+        t, s = expand_time(t.to(x_t.dtype), x_t), self.size.residual_std
         deviation = ((1 - t) ** 2 * s**2 + t**2).sqrt()
         r = (x_t - (1 - t) * condition.base) / deviation  # of unit variance
         out, tokens = self._network(r.to(self.stem.weight.dtype), t, condition.features, keep)
@@ -311,11 +312,11 @@ class FastDecoder(nn.Module):
         h = self.quarter_block(self.to_quarter(h))
         h = self.half_block(self.to_half(h) + self.image_to_half(F.pixel_unshuffle(r, 2)))
         h = self.to_full(h) + self.image_to_full(r)
-        out = self.conv_out(F.silu(self.full_conv(F.silu(h)))).float()
+        out = at_least_float32(self.conv_out(F.silu(self.full_conv(F.silu(h)))))
         return out, None if kept is None else kept.permute(0, 2, 3, 1)
 
     def _factors(self, t: Tensor) -> list[tuple[Tensor, ...]]:
-        """(scale, gate) of every block of the trunk, each [1 or B, C, 1, 1]; empty pairs when they are in the weights."""
+        """(scale, gate) of every block of the trunk, each [1 or B, C, 1, 1]; empty where the weights have them."""
         if self.folded_at is not None:
             return [()] * len(self.trunk)
         factors = 1 + self.modulation(F.silu(self.time_embedding(t)))[:, :, None, None]

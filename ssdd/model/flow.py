@@ -22,6 +22,11 @@ Callback = Callable[[int, Tensor], None]
 """(i, x) after step i of a solver."""
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 if its dtype is a narrower one."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def expand_time(t: Tensor, x: Tensor) -> Tensor:
     """t, a scalar or [B], shaped to broadcast over x [B, ...]."""
     return t if t.ndim == 0 else t.reshape(-1, *[1] * (x.ndim - 1))
@@ -87,12 +92,12 @@ def step_lengths(grid: Sequence[float]) -> list[float]:
 def euler(velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callback | None = None) -> Tensor:
     """First-order solver: x <- x + v(x, t_i) (t_i - t_{i+1}) along `grid`; one evaluation per step.
 
-    The state stays in float32 whatever the network's dtype. `callback(i, x)` sees the state after step i. Times are
+    The state is float32 whatever the network's dtype, but for float64 noise. `callback(i, x)` sees the state after step i. Times are
     numbers of the host: on a GPU each becomes a fill kernel, so that no step waits for the device.
     """
-    x = x.float()
+    x = at_least_float32(x)
     for i, dt in enumerate(step_lengths(grid)):
-        x = torch.add(x, velocity(x, x.new_full((), grid[i])).float(), alpha=dt)
+        x = torch.add(x, velocity(x, x.new_full((), grid[i])).to(x.dtype), alpha=dt)
         if callback is not None:
             callback(i, x)
     return x

@@ -1,9 +1,10 @@
-"""Large images in overlapping tiles whose results are blended."""
+"""Large images in tiles: overlapping ones whose results are blended, or ones that see a halo and are exact."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,6 +38,33 @@ def tile_image(height: int, width: int, side: int, overlap: int, multiple: int) 
         Tile(rows, columns, torch.outer(weight_y[rows], weight_x[columns]))
         for rows, weight_y in zip(down, weights_down, strict=True)
         for columns, weight_x in zip(across, weights_across, strict=True)
+    ]
+
+
+def tile_with_halo(height: int, width: int, side: int, halo: int, multiple: int) -> list[Tile]:
+    """Tiles whose interiors, squares of about `side` pixels, are the whole image once; each also sees `halo` pixels on
+    every side of it, without weight. All edges are multiples of `multiple`.
+
+    Where a result depends on the image within `halo` pixels only, tiles give exactly the whole image's.
+    """
+    halo = -(-halo // multiple) * multiple
+
+    def spans(length: int) -> list[tuple[slice, slice]]:
+        """(what a tile sees, its interior)."""
+        cells, count = length // multiple, -(-length // max(side, multiple))
+        edges = [i * cells // count * multiple for i in range(count + 1)]
+        interiors = [slice(start, stop) for start, stop in pairwise(edges)]
+        return [(slice(max(0, s.start - halo), min(length, s.stop + halo)), s) for s in interiors]
+
+    def weight(seen: slice, interior: slice) -> Tensor:
+        ones = torch.zeros(seen.stop - seen.start)
+        ones[interior.start - seen.start : interior.stop - seen.start] = 1
+        return ones
+
+    return [
+        Tile(rows, columns, torch.outer(weight(rows, inner_rows), weight(columns, inner_columns)))
+        for rows, inner_rows in spans(height)
+        for columns, inner_columns in spans(width)
     ]
 
 

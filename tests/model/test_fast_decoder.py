@@ -52,9 +52,7 @@ def test_a_constant_latent_gives_a_flat_image():
     z = torch.randn(1, 4, 1, 1).expand(-1, -1, 2 * decoder.halo + 6, 2 * decoder.halo + 6)
     side = 8 * z.shape[-1]
     with torch.no_grad():
-        image = predict_data(
-            torch.zeros(1, 3, side, side), decoder(torch.zeros(1, 3, side, side), 1.0, z), torch.ones(())
-        )
+        image = decoder(torch.zeros(1, 3, side, side), 1.0, z)  # x = x_t + t v
     edge = 8 * decoder.halo
     interior = image[..., edge:-edge, edge:-edge].double()
     spectrum = torch.fft.fft2(interior).abs().square().sum((0, 1))
@@ -74,7 +72,7 @@ def test_folding_the_time_changes_nothing(trunk, t):
 
 
 def test_without_a_network_it_is_the_linear_optimum():
-    """With F = 0 the estimate of x is base + Wiener filter of the residual: the formula of a Gaussian of deviation s."""
+    """With F = 0 the estimate of x is base + Wiener filter of the residual, as of a Gaussian of deviation s."""
     decoder = FastDecoder(TINY, 8, 4)
     weight, bias = torch.randn(192, 4), torch.randn(192)
     decoder.set_base(weight, bias)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ssdd import SSDD
-from ssdd.model.tiling import blend, tile_image
+from ssdd.model.fast_decoder import FastDecoder, FastSize
+from ssdd.model.flow import euler, time_grid
+from ssdd.model.tiling import blend, tile_image, tile_with_halo
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (65 * 8, 40), (200, 328)])
@@ -88,3 +90,37 @@ def test_only_one_tiles_conditions_exist_at_a_time(tokenizer):
     tokenizer.enable_tiling(64, 32)
     tokenizer.decode(torch.randn(1, 2, 16, 16), steps=2)
     assert most <= 2  # the next one is made before the last one's name is bound anew
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (200, 136), (8, 1000), (72, 328)])
+def test_interiors_of_tiles_with_a_halo_are_the_image_once(height, width):
+    tiles = tile_with_halo(height, width, 64, 20, 8)
+    count = torch.zeros(height, width)
+    for tile in tiles:
+        assert tile.rows.start % 8 == tile.rows.stop % 8 == tile.columns.start % 8 == tile.columns.stop % 8 == 0
+        assert tile.weight.shape == (tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start)
+        count[tile.rows, tile.columns] += tile.weight
+    assert torch.equal(count, torch.ones(height, width))
+
+
+@pytest.mark.parametrize("stride", [4, 8, 16])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_tiles_with_the_halo_of_a_fast_decoder_are_exact(stride, steps, dtype, tolerance):
+    torch.manual_seed(0)
+    decoder = FastDecoder(FastSize(16, 2, (8, 8, 4), coarse_depth=1), stride, 4).to(dtype).eval()
+    torch.nn.init.normal_(decoder.conv_out.weight, std=0.1)
+    height, width, multiple = 25 * 16, 9 * 16, decoder.pixel_multiple
+    z = torch.randn(1, 4, height // stride, width // stride, dtype=dtype)
+    noise, grid = torch.randn(1, 3, height, width, dtype=dtype), time_grid(steps)
+    tiles = tile_with_halo(height, width, 64, decoder.halo * stride, multiple)
+    assert len(tiles) > 9
+
+    def of_tile(tile, x_t, t):
+        rows, columns = (slice(s.start // stride, s.stop // stride) for s in (tile.rows, tile.columns))
+        return decoder(x_t[..., tile.rows, tile.columns], t, z[..., rows, columns])
+
+    with torch.no_grad():
+        whole = euler(lambda x_t, t: decoder(x_t, t, z), noise, grid)
+        tiled = euler(lambda x_t, t: blend(tiles, lambda tile: of_tile(tile, x_t, t), x_t), noise, grid)
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=tolerance)
