@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 import types
 import typing
 from typing import Any, NamedTuple
@@ -52,6 +53,24 @@ def schema_fields(schema: type, prefix: str = "") -> dict[str, SchemaField]:
         found[prefix + field.name] = SchemaField(kind, optional, group, field, schema)
         if group is not None:
             found |= schema_fields(group, f"{prefix}{field.name}.")
+    return found
+
+
+class Alias(NamedTuple):
+    """What another name of a key stands for: the key, or the item of it when it is a list."""
+
+    key: str
+    item: int | None
+
+
+def schema_aliases(schema: type) -> dict[str, Alias]:
+    """The other names that keys of ``schema`` have: its class variable `ALIASES`, such as
+    ``{"training.beta2": "training.betas[1]"}``, whose names are those of values, not of groups.
+    """
+    found = {}
+    for name, target in getattr(schema, "ALIASES", {}).items():
+        key, item = re.fullmatch(r"([\w.]+)(?:\[(\d+)\])?", target).groups()
+        found[name] = Alias(key, None if item is None else int(item))
     return found
 
 
