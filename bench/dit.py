@@ -157,7 +157,7 @@ def prepare(job: dict[str, Any], device: torch.device) -> Work:
     draws = step_draws(cfg, 0, shape, device)
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [{"params": trained, "weight_decay": cfg.training.weight_decay}]
-    optimizer = build_optimizer("adamw", groups, cfg.training.lr, (0.9, cfg.training.beta2))
+    optimizer = build_optimizer("adamw", groups, cfg.training.lr, cfg.training.betas)
 
     def loss(images: int) -> Tensor:
         part = slice(images)

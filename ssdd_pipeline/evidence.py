@@ -28,10 +28,10 @@ ENCODER, CLASSIFIER = "encoder", "classifier"
 TEACHER_STEPS = (8, 4, 2, 1)
 METRICS = {"PSNR": 2, "SSIM": 4, "power_ratio": 3, "noise_r2": 3}
 SETUP = [
-    "ssdd.compile=false", "losses.lpips=0", "losses.repa=0", "training.optimizer=adamw", "training.lr_schedule=cosine",
-    "training.betas=[0.9,0.99]", "training.warmup_steps=30", "training.grad_clip=1", "training.eval_freq=0",
-    "training.mixed_precision=no", "training.save_every=200", "training.log_freq=50", "ssdd.ema.decay=0.99",
-    "ssdd.fm_trainer.t_sampler_args.t_mean=0.4", "ssdd.fm_trainer.t_sampler_args.t_std=1.6",
+    "losses.lpips=0", "losses.repa=0", "training.compile=false", "training.optimizer=adamw",
+    "training.lr_schedule=cosine", "training.betas=[0.9,0.99]", "training.warmup_steps=30", "training.grad_clip=1",
+    "training.t_mean=0.4", "training.t_std=1.6", "training.ema.decays=[0.99]", "training.mixed_precision=no",
+    "training.eval_freq=0", "training.save_every=200", "training.log_freq=50",
 ]  # fmt: skip
 
 
