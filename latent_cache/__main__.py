@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from textwrap import indent
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
 from ssdd.engine.program import run_program
 from ssdd.engine.schema_help import help_text
+from ssdd.engine.tables import listed
 
 COMMANDS = {
     "build": (BuildConfig, "Encode images once and store their normalised latents in WebDataset shards."),
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {PROGRAM} COMMAND key=value ...\n")
-        print("\n".join(f"  {name:<8}{description}" for name, (_, description) in COMMANDS.items()))
+        print(indent(listed({name: description for name, (_, description) in COMMANDS.items()}), "  "))
         print(f"\n`{PROGRAM} COMMAND --help` lists the keys of a command.")
         return 0 if argv else 2
     command, *arguments = argv
@@ -47,8 +49,7 @@ def _run(argv: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text(schema, f"{PROGRAM} {command}", description))
         return 0
-    program = "latent_cache" if command == "build" else f"latent_cache_{command}"
-    cfg = parse(schema, arguments, program=program, description=description)
+    cfg = parse(schema, arguments, program=f"{PROGRAM} {command}", description=description)
     run = {"build": _build, "info": _info, "verify": _verify, "stats": _stats, "export": _export, "import": _import}
     return run[command](cfg)
 
@@ -138,7 +139,7 @@ def _info(cfg: InfoConfig) -> int:
     }
     counts = np.bincount(train.labels, minlength=train.num_classes)
     lines["classes"] = f"{train.num_classes}, {counts.min()} to {counts.max()} training samples each"
-    print("\n".join(f"{name:<14} {value}" for name, value in lines.items()))
+    print(listed(lines))
     return 0
 
 

@@ -22,6 +22,7 @@ from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_atomic, write_json
 from ssdd.engine.program import run_program
+from ssdd.engine.tables import markdown
 from ssdd.images.sources import DatasetConfig
 
 ENCODER, CLASSIFIER = "encoder", "classifier"
@@ -200,12 +201,13 @@ def report(cfg: EvidenceConfig, plan: dict, trained: dict, results: list[dict]) 
         short = network.split(":")[0]
         floor = results[0]["floor"][network]
         lines += [f"## Features {short} (originals themselves: KID {floor['kid']:.4f}, FD {floor['frechet']:.2f})", ""]
-        lines += ["| decoder | " + " | ".join([*METRICS, "KID", "FD"]) + " |", "|---" * (len(METRICS) + 3) + "|"]
+        rows = []
         for i, row in enumerate(results[0]["rows"]):
             same = [result["rows"][i] for result in results]
             cells = [spread([r.get(metric) for r in same], digits) for metric, digits in METRICS.items()]
             cells += [spread([r["distances"][network][key] for r in same], 3) for key in ("kid", "frechet")]
-            lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+            rows.append([row["name"], *cells])
+        lines.append(markdown(["decoder", *METRICS, "KID", "FD"], rows))
         lines += ["", "KID differences with 95 % intervals over images, seed by seed:", ""]
         for pair in ("teacher-1 - student-1", "student-1 - direct-1", "student-1 - kl-1", "teacher-8 - student-1"):
             found = [result["paired"][network][pair] for result in results]
