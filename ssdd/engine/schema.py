@@ -14,11 +14,6 @@ from omegaconf import OmegaConf
 from ssdd.engine.files import plain
 
 
-def to_dict(cfg: Any) -> dict[str, Any]:
-    """A config dataclass as nested dicts of plain JSON values."""
-    return plain(cfg)
-
-
 def to_yaml(cfg: Any) -> str:
     """A config dataclass as YAML that ``preset=FILE.yaml`` reads back to an equal config."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(cfg, standard=False)))

@@ -12,7 +12,8 @@ import pytest
 from ssdd.engine import presets, schema_help
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
-from ssdd.engine.schema import to_dict, to_yaml
+from ssdd.engine.files import plain
+from ssdd.engine.schema import to_yaml
 
 
 @dataclass
@@ -166,7 +167,7 @@ def test_the_saved_yaml_reads_back_as_a_preset_to_the_same_config(tmp_path):
     )
     (tmp_path / "saved.yaml").write_text(to_yaml(cfg))
     assert read(f"preset={tmp_path / 'saved.yaml'}") == cfg
-    assert to_dict(cfg)["gan"] == {"start_iter": 50_000, "weight": 1e-7}
+    assert plain(cfg)["gan"] == {"start_iter": 50_000, "weight": 1e-7}
 
 
 @pytest.mark.parametrize(
