@@ -19,7 +19,7 @@ from latent_cache.peers.export import ExportConfig, export
 from latent_cache.peers.formats import FORMATS
 from latent_cache.peers.mar import class_folders
 from ssdd.engine.errors import UserError
-from tests.latent_cache.straight import files
+from tests.kills import files
 from tests.latent_cache.synthetic import raw
 
 

@@ -24,7 +24,7 @@ from latent_cache.write.build import build
 from ssdd.engine.errors import UserError
 from ssdd.model.latent import LatentNorm
 from ssdd.model.tokenizer import SSDD
-from tests.latent_cache.straight import files
+from tests.kills import files
 
 Mount = Callable[[str], Path]
 

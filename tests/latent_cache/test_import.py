@@ -6,9 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,29 +21,22 @@ from latent_cache.verify import verify
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
 from ssdd.model.latent import LatentNorm
-from tests.latent_cache.straight import files
+from tests.kills import Command, files, later_and_later
 from tests.latent_cache.synthetic import FINGERPRINT, normal, stored
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("layout", ["fast-dit", "repa"])
 def test_an_export_and_an_import_killed_again_and_again_end_with_the_same_bytes(mean_cache, tmp_path, layout):
     there, back = tmp_path / "there", tmp_path / "back"
+    moments = later_and_later(first=7, step=5)
     export(ExportConfig(str(mean_cache), layout, str(tmp_path / "straight")))
-    killed("export", f"cache={mean_cache}", f"format={layout}", f"out={there}")
+    arguments = ["export", f"cache={mean_cache}", f"format={layout}", f"out={there}"]
+    assert Command("latent_cache", arguments).run(moments).kills >= 5
     assert files(there) == files(tmp_path / "straight")
     import_latents(ImportConfig(layout, str(there), str(tmp_path / "straight_back"), samples_per_shard=5))
-    killed("import", f"format={layout}", f"source={there}", f"out={back}", "samples_per_shard=5")
+    arguments = ["import", f"format={layout}", f"source={there}", f"out={back}", "samples_per_shard=5"]
+    assert Command("latent_cache", arguments).run(moments).kills >= 5
     assert files(back) == files(tmp_path / "straight_back")
-
-
-def killed(*arguments):
-    """Run a command whose processes are killed, more and more of its work later, until one ends."""
-    script = [sys.executable, str(Path(__file__).with_name("killed.py")), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(script, env=environment, check=True, capture_output=True, timeout=120)
-    assert int(ended.stdout.split()[-1]) >= 5
 
 
 @pytest.mark.parametrize("layout", readable())
