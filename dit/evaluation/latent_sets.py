@@ -29,7 +29,7 @@ from ssdd.engine.resumable import Chunks
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.pixels import from_uint8, to_uint8
 from ssdd.model.compared_decoders import Row
-from ssdd.model.foreign_encoders import KLEncoder
+from ssdd.model.foreign_encoders import ForeignEncoder
 from ssdd.model.latent import LatentNorm
 
 Rows = Callable[[range], tuple[Tensor, Tensor]]
@@ -65,11 +65,11 @@ class SampleSet:
     def norm(self, row: Row) -> LatentNorm:
         """UserError when a decoder's encoder did not make the latents that the generator was trained on.
 
-        Foreign generators on a KL-VAE bring no statistics: they draw in the VAE's own space (`KLEncoder`).
+        Foreign generators on a KL-VAE bring no statistics: they draw in the VAE's own space (`ForeignEncoder`).
         """
         fingerprint = row.tokenizer.encoder_fingerprint()
         known = self.description.get("z_stats", "z_stats.json") is not None
-        if not known and isinstance(row.tokenizer.encoder, KLEncoder):
+        if not known and isinstance(row.tokenizer.encoder, ForeignEncoder):
             return LatentNorm.identity(row.tokenizer.z_dim, fingerprint)
         return LatentNorm.load(self.folder / "z_stats.json", fingerprint)
 

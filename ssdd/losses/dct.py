@@ -1,4 +1,4 @@
-"""Squared error weighted by what JPEG keeps of each spatial frequency (DeCo, arXiv 2511.19365, frequency-aware loss)."""
+"""Squared error weighted by what JPEG keeps of each spatial frequency (DeCo, arXiv 2511.19365)."""
 
 from __future__ import annotations
 

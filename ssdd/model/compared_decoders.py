@@ -12,7 +12,7 @@ import torch
 from ssdd.engine.checkpoint import resolve
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file
-from ssdd.model.foreign_encoders import KLVAE, encoder_fingerprint
+from ssdd.model.foreign_encoders import ForeignAutoencoder, encoder_fingerprint
 from ssdd.model.tokenizer import SSDD
 
 DIFFUSERS = "diffusers:"
@@ -23,7 +23,7 @@ class Row:
     """A row of a result table: a tokenizer decoding in `steps` steps (a KL-VAE: 1)."""
 
     name: str
-    tokenizer: SSDD | KLVAE
+    tokenizer: SSDD | ForeignAutoencoder
     steps: int
     reference: str = ""
     checksum: str = ""
@@ -48,7 +48,7 @@ RESERVED = ("originals", "reals", "blur", "PCA")
 def open_rows(specifications: Sequence[str], ckpt_dir: str | Path, device: torch.device) -> list[Row]:
     """Rows from `name:reference:steps` or `name:diffusers:PATH`; each file is loaded once. UserError for other text."""
     rows: list[Row] = []
-    loaded: dict[str, tuple[SSDD | KLVAE, str]] = {}
+    loaded: dict[str, tuple[SSDD | ForeignAutoencoder, str]] = {}
     for specification in specifications:
         name, _, rest = specification.partition(":")
         reference, _, steps = (rest, "", "1") if rest.startswith(DIFFUSERS) else rest.rpartition(":")
@@ -71,9 +71,9 @@ def open_rows(specifications: Sequence[str], ckpt_dir: str | Path, device: torch
     return rows
 
 
-def _load(reference: str, ckpt_dir: str | Path) -> tuple[SSDD | KLVAE, str]:
+def _load(reference: str, ckpt_dir: str | Path) -> tuple[SSDD | ForeignAutoencoder, str]:
     """A tokenizer, and the sha256 of its weights file (of a KL-VAE: of its tensors)."""
     if reference.startswith(DIFFUSERS):
-        tokenizer = KLVAE.from_pretrained(reference.removeprefix(DIFFUSERS))
+        tokenizer = ForeignAutoencoder.from_pretrained(reference.removeprefix(DIFFUSERS))
         return tokenizer, encoder_fingerprint(tokenizer.vae)
     return SSDD.from_pretrained(reference, ckpt_dir), sha256_file(resolve(reference, ckpt_dir))

@@ -92,8 +92,8 @@ def step_lengths(grid: Sequence[float]) -> list[float]:
 def euler(velocity: Velocity, x: Tensor, grid: Sequence[float], callback: Callback | None = None) -> Tensor:
     """First-order solver: x <- x + v(x, t_i) (t_i - t_{i+1}) along `grid`; one evaluation per step.
 
-    The state is float32 whatever the network's dtype, but for float64 noise. `callback(i, x)` sees the state after step i. Times are
-    numbers of the host: on a GPU each becomes a fill kernel, so that no step waits for the device.
+    The state is float32 whatever the network's dtype, but for float64 noise. `callback(i, x)` sees the state after
+    step i. Times are numbers of the host: on a GPU each becomes a fill kernel, so that no step waits for the device.
     """
     x = at_least_float32(x)
     for i, dt in enumerate(step_lengths(grid)):

@@ -17,7 +17,7 @@ from ssdd.images.pixels import to_uint8
 from ssdd.model.decoder import DECODER_STRIDE, UViTDecoder, parse_decoder
 from ssdd.model.encoder import Encoder, parse_encoder_name
 from ssdd.model.flow import Velocity, euler, time_grid
-from ssdd.model.foreign_encoders import SD_VAE, KLEncoder, adopt, encoder_fingerprint
+from ssdd.model.foreign_encoders import SD_VAE, ForeignEncoder, adopt, encoder_fingerprint
 from ssdd.model.kl_decoder import KLDecoder
 from ssdd.model.latent import DiagonalGaussian
 from ssdd.model.tiling import Tile, blend, tile_image
@@ -292,7 +292,7 @@ def _build_encoder(encoder: str | Mapping[str, Any] | nn.Module) -> tuple[nn.Mod
     name = options.pop("name", None)
     if name in ("sdvae", "diffusers"):
         described = {"name": "diffusers", "path": str(options.pop("path", SD_VAE))}
-        network = KLEncoder.from_pretrained(described["path"])
+        network = ForeignEncoder.from_pretrained(described["path"])
     elif name == "module":
         raise UserError("the encoder was a module, which is not in the file: pass it again as encoder=")
     else:

@@ -11,6 +11,7 @@ from torch import nn
 from ssdd import SSDD
 from ssdd.engine.errors import UserError
 from ssdd.model.compared_decoders import open_rows
+from ssdd.model.foreign_encoders import ForeignAutoencoder, ForeignEncoder
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -81,7 +82,7 @@ def test_a_vae_object_or_any_module_with_stride_and_channels_serves(vae_folder, 
 
 def test_what_cannot_be_is_said(vae_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="no AutoencoderKL there"):
+    with pytest.raises(UserError, match="no AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC there"):
         SSDD({"name": "diffusers", "path": str(tmp_path / "nothing")}, "XXS")
     with pytest.raises(UserError, match="stays frozen"):
         SSDD({"name": "diffusers", "path": str(vae_folder)}, "XXS", encoder_train=True)
@@ -96,6 +97,74 @@ def test_the_vae_that_was_given_stays_whole(vae_folder):
     SSDD(vae, "XXS").encode(x)
     assert torch.allclose(vae(x).sample, before, atol=1e-4)  # in another memory format
     assert all(parameter.requires_grad for parameter in vae.decoder.parameters())
+
+
+def flux2_vae():
+    """With statistics as after training."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae.eval()
+
+
+def dc_autoencoder():
+    torch.manual_seed(0)
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.41407,
+    ).eval()
+
+
+def test_flux2_latents_are_packed_and_normalised_as_its_pipeline_does(tmp_path):
+    vae = flux2_vae()
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    model = SSDD({"name": "diffusers", "path": str(tmp_path / "pipeline")}, "XXS")
+    assert (model.f, model.z_dim) == (4, 16)
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        own = vae.encode(x).latent_dist
+        packed = diffusers.Flux2Pipeline._patchify_latents(own.mean)
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()[:, None, None]
+        posterior = model.encode(x)
+        torch.testing.assert_close(posterior.mean, (packed - vae.bn.running_mean[:, None, None]) / std)
+        packed_std = diffusers.Flux2Pipeline._patchify_latents(own.std)
+        torch.testing.assert_close(posterior.std, packed_std / std, rtol=1e-4, atol=1e-6)
+        whole = ForeignAutoencoder(vae)
+        torch.testing.assert_close(whole.decode(posterior.mean), vae.decode(own.mean).sample, rtol=1e-4, atol=1e-4)
+    fingerprint = model.encoder_fingerprint()
+    vae.bn.running_var.mul_(2)
+    assert SSDD(vae, "XXS").encoder_fingerprint() != fingerprint
+
+
+def test_the_latent_of_dc_ae_is_deterministic_and_scaled(tmp_path):
+    vae = dc_autoencoder()
+    vae.save_pretrained(tmp_path)
+    model = SSDD({"name": "diffusers", "path": str(tmp_path)}, "XXS")
+    assert (model.f, model.z_dim) == (2, 4)
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        posterior, latent = model.encode(x), vae.encode(x).latent
+        torch.testing.assert_close(posterior.mean, latent * 0.41407)
+        torch.testing.assert_close(posterior.sample(noise=torch.randn_like(latent)), posterior.mean, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ForeignAutoencoder(vae).decode(posterior.mean), vae.decode(latent).sample)
+
+
+def test_other_classes_of_diffusers_are_refused():
+    with pytest.raises(UserError, match="latents of diffusers' AutoencoderTiny are unknown here"):
+        ForeignEncoder(diffusers.AutoencoderTiny())
 
 
 def test_latents_of_other_factors_have_another_fingerprint(vae_folder):
