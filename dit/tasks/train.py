@@ -122,11 +122,11 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                     loss = weighted_sum(terms, weights)
                     update.backward(loss / training.accumulate)
                 means.add({"loss": loss, **terms}, 1 / training.accumulate)
-                bad.see(loss)
+                bad.add(loss)
 
             # Optimise, average.
             norm = update.apply(lr)
-            bad.see(None if scaler.is_enabled() else norm)  # a scaler skips such steps
+            bad.add(None if scaler.is_enabled() else norm)  # a scaler skips such steps
             for average in averages.values():
                 average.update(parameters)
             state.step = done = step + 1
