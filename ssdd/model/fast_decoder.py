@@ -16,20 +16,23 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssdd.engine.errors import UserError
 from ssdd.engine.recompute import run_block
+from ssdd.model.convolution_blocks import BLOCKS, DepthwiseBlock, PlainBlock, ShuffleUp
 from ssdd.model.flow import at_least_float32, expand_time
 from ssdd.model.layers import TimeEmbedding
 
 TRUNK_STRIDE = 8
 TIME_CHANNELS = 64
+PREDICTIONS = ("residual", "x")
+X_FLOOR = 0.05
+"""Smallest divisor where the network predicts the image."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class FastSize:
     expansion: int = 3
     """Hidden channels of a depthwise block, in widths."""
     trunk: str = "depthwise"
-    """depthwise or plain: which of the two kinds of blocks below the trunk consists of."""
+    """depthwise or plain: the kind of `ssdd.model.convolution_blocks` that the trunk consists of."""
     prediction: str = "residual"
     """residual: the formula of this module; x: the image itself, from which v = (x - x_t) / max(t, floor)."""
     residual_std: float = 0.5
@@ -55,107 +58,45 @@ class FastSize:
     statistics: bool = False
     """Also take mean and deviation of each channel of the whole latent, the same for every tile."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thin", tuple(self.thin))  # a file's JSON has lists
+        for key, choices in (("trunk", tuple(BLOCKS)), ("prediction", PREDICTIONS)):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key} must be one of {', '.join(choices)}")
+
+
+def size_of_weights(weights: Mapping[str, Tensor]) -> str | dict[str, Any] | None:
+    """The size of a decoder with these tensors, as `SSDD` takes it; None where they are not those of a `FastDecoder`.
+
+    Tensors do not say what the network predicts: that of a file without a configuration is taken to be the residual.
+    """
+    if "image_to_trunk.weight" not in weights:
+        return None
+    depth = len({key.split(".")[1] for key in weights if key.startswith("trunk.")})
+    coarse = len({key.split(".")[2] for key in weights if key.startswith("coarse.0.")})
+    trunk = "depthwise" if "trunk.0.expand.weight" in weights else "plain"
+    found = FastSize(
+        width=len(weights["stem.weight"]),
+        depth=depth,
+        thin=(
+            len(weights["quarter_block.norm.weight"]),
+            len(weights["half_block.norm.weight"]),
+            len(weights["full_conv.weight"]),
+        ),
+        coarse_depth=coarse - 1 if coarse else FastSize.coarse_depth,
+        expansion=len(weights["quarter_block.expand.weight"]) // len(weights["quarter_block.norm.weight"]),
+        trunk=trunk,
+        statistics="statistics.weight" in weights,
+    )
+    name = next((name for name, size in FAST_SIZES.items() if size == found), None)
+    return name or {"size": next(iter(FAST_SIZES)), **vars(found), "thin": list(found.thin)}
+
 
 FAST_SIZES = {
     "F-XS": FastSize(192, 8, (64, 32, 16)),
     "F-S": FastSize(288, 10, (96, 48, 24)),
     "F-B": FastSize(384, 12, (128, 64, 32)),
 }
-
-
-def parse_fast_decoder(decoder: str | Mapping[str, Any]) -> FastSize:
-    """The size of "F-S", of {"size": "F-S", "depth": 6}, or of all fields of `FastSize` without defaults.
-
-    UserError for unknown names and impossible values.
-    """
-    options = {"size": decoder} if isinstance(decoder, str) else dict(decoder)
-    name = options.pop("size", None)
-    if "thin" in options:
-        options["thin"] = tuple(options["thin"])
-    if name is not None and name not in FAST_SIZES:
-        raise UserError(f"decoder size {name!r} is unknown; the fast sizes are {', '.join(FAST_SIZES)}")
-    try:
-        size = FastSize(**options) if name is None else replace(FAST_SIZES[name], **options)
-    except TypeError:
-        known = ", ".join(["size", *(entry.name for entry in fields(FastSize))])
-        raise UserError(f"decoder {decoder!r}: expected some of the keys {known}") from None
-    for key, choices in (("trunk", tuple(BLOCKS)), ("prediction", ("residual", "x"))):
-        if getattr(size, key) not in choices:
-            raise UserError(f"decoder {decoder!r}: {key} must be one of {', '.join(choices)}")
-    return size
-
-
-class RmsNorm(nn.Module):
-    """Every position of x [B, C, H, W] by its root mean square over the channels, times a learned gain."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = F.rms_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight.to(x.dtype), 1e-6)
-        return rows.permute(0, 3, 1, 2)
-
-
-class DepthwiseBlock(nn.Module):
-    """x + gate W2 GELU(W1 (scale norm(depthwise 3x3 of x))); scale and gate [1 or B, C, 1, 1], or none of them."""
-
-    def __init__(self, channels: int, expansion: int):
-        super().__init__()
-        self.spatial = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-        self.norm = RmsNorm(channels)
-        self.expand = nn.Conv2d(channels, expansion * channels, 1)
-        self.project = nn.Conv2d(expansion * channels, channels, 1)
-
-    def forward(self, x: Tensor, scale: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
-        h = self.norm(self.spatial(x))
-        h = self.project(F.gelu(self.expand(h if scale is None else h * scale)))
-        return x + h if gate is None else torch.addcmul(x, h, gate)
-
-    def fold(self, scale: Tensor, gate: Tensor) -> None:
-        """Take constant factors [1, C, 1, 1] into the weights."""
-        self.norm.weight.mul_(scale.flatten())
-        self.project.weight.mul_(gate.view(-1, 1, 1, 1))
-        self.project.bias.mul_(gate.flatten())
-
-
-class PlainBlock(nn.Module):
-    """x + gate W2 GELU(3x3 of scale norm(x)); scale and gate [1 or B, C, 1, 1], or none of them."""
-
-    def __init__(self, channels: int, expansion: int):
-        super().__init__()
-        self.norm = RmsNorm(channels)
-        self.spatial = nn.Conv2d(channels, channels, 3, padding=1)
-        self.project = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor, scale: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
-        h = self.norm(x)
-        h = self.project(F.gelu(self.spatial(h if scale is None else h * scale)))
-        return x + h if gate is None else torch.addcmul(x, h, gate)
-
-    fold = DepthwiseBlock.fold
-
-
-BLOCKS = {"depthwise": DepthwiseBlock, "plain": PlainBlock}
-
-
-class ShuffleUp(nn.Module):
-    """1x1 convolution and pixel shuffle to a grid twice as fine.
-
-    The four sub-pixels start with equal weights (ICNR, Aitken et al. 2017): a flat area stays flat.
-    """
-
-    def __init__(self, channels: int, out_channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 4 * out_channels, 1)
-
-    def initialise(self) -> None:
-        equal = self.conv.weight[::4].repeat_interleave(4, dim=0)
-        with torch.no_grad():
-            self.conv.weight.copy_(equal)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.conv(x), 2)
 
 
 @dataclass
@@ -178,8 +119,7 @@ class FastDecoder(nn.Module):
         super().__init__()
         self.size, self.stride, self.z_dim = size, stride, z_dim
         self.pixel_multiple = max(stride, TRUNK_STRIDE)
-        """Sides of images are multiples of it."""
-        self.token_width = size.width
+        self.token_blocks, self.token_width = size.depth, size.width
         width, (quarter, half, full) = size.width, size.thin
         make = BLOCKS[size.trunk]
         self.fold_in = max(1, TRUNK_STRIDE // stride)  # latent cells across a cell of the trunk
@@ -230,11 +170,6 @@ class FastDecoder(nn.Module):
         pixels += sum(self.size.coarse_depth * TRUNK_STRIDE * 2**i for i in range(1, len(self.coarse) + 1))
         return -(-pixels // self.stride)
 
-    @property
-    def token_blocks(self) -> int:
-        """Blocks after which `velocity_and_tokens` can keep tokens."""
-        return len(self.trunk)
-
     @torch.no_grad()
     def set_base(self, weight: Tensor, bias: Tensor) -> None:
         """The linear map from a latent cell to its pixels: weight [3 f^2, z_dim], bias [3 f^2], in the order of
@@ -250,15 +185,11 @@ class FastDecoder(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_compiled": None}  # a copy's would run these weights
 
-    def latent_statistics(self, z: Tensor) -> Tensor:
-        """Mean and deviation of every channel of a whole latent, [B, 2 z_dim]."""
-        return torch.cat([z.mean((2, 3)), z.std((2, 3), correction=0)], dim=1)
-
-    def condition(self, z: Tensor, height: int, width: int, statistics: Tensor | None = None) -> FastCondition:
+    def condition(self, z: Tensor, height: int, width: int, whole: Tensor | None = None) -> FastCondition:
         """The part of a decode to height x width pixels that depends on z [B, z_dim, h, w] alone.
 
-        statistics: `latent_statistics` of the whole latent, where z is a part of it. ValueError if the sides do not fit
-        or z has the wrong number of channels.
+        whole: the whole image's latent, where z is a tile of it. ValueError if the sides do not fit or z has the wrong
+        number of channels.
         """
         if height % self.pixel_multiple or width % self.pixel_multiple:
             raise ValueError(f"image sides must be multiples of {self.pixel_multiple}, got {height}x{width}")
@@ -268,8 +199,9 @@ class FastDecoder(nn.Module):
         base = F.pixel_shuffle(at_least_float32(self.base(z)), self.stride)
         h = self.stem(F.pixel_unshuffle(z, self.fold_in))
         if self.statistics is not None:
-            statistics = self.latent_statistics(z) if statistics is None else statistics
-            h = h + self.statistics(statistics.to(h.dtype))[:, :, None, None]
+            whole = z if whole is None else whole.to(z.dtype)
+            moments = torch.cat([whole.mean((2, 3)), whole.std((2, 3), correction=0)], dim=1)
+            h = h + self.statistics(moments)[:, :, None, None]
         for blocks in self.coarse:
             for block in blocks:
                 h = run_block(block, h, recompute=self.recompute)
@@ -337,7 +269,3 @@ class FastDecoder(nn.Module):
         """v = x - eps, float32 [B, 3, H, W], at x_t of that shape, t in [0, 1] (scalar or [B]), z [B, z_dim, h, w]."""
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device)
         return self.velocity(x_t, t, self.condition(z, *x_t.shape[-2:]))
-
-
-X_FLOOR = 0.05
-"""Smallest divisor where the network predicts the image."""

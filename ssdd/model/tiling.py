@@ -68,9 +68,13 @@ def tile_with_halo(height: int, width: int, side: int, halo: int, multiple: int)
     ]
 
 
-def blend(tiles: Sequence[Tile], result: Callable[[Tile], Tensor], like: Tensor) -> Tensor:
+def blend(tiles: Sequence[Tile], result: Callable[[Tile], Tensor], like: Tensor, progress: bool = False) -> Tensor:
     """The weighted sum of the tiles' results [..., tile height, tile width], as an image like `like`."""
     image = torch.zeros_like(like)
+    if progress:
+        from tqdm import tqdm
+
+        tiles = tqdm(tiles, desc="tiles", unit="tile")
     for tile in tiles:
         image[..., tile.rows, tile.columns] += result(tile) * tile.weight.to(image.device)
     return image

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssdd.engine.errors import UserError
-from ssdd.model.fast_decoder import FAST_SIZES, FastDecoder, FastSize, parse_fast_decoder
+from ssdd.model.fast_decoder import FAST_SIZES, FastDecoder, FastSize
 from ssdd.model.flow import predict_data
 
 TINY = FastSize(16, 2, (8, 8, 4))
@@ -105,25 +104,14 @@ def test_tokens_are_the_trunk_after_a_block_and_every_parameter_gets_a_gradient(
     assert [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_statistics_of_the_whole_latent_reach_its_parts():
+def test_statistics_of_the_whole_latent_reach_its_tiles():
     decoder = randomised(FastDecoder(FastSize(16, 1, (8, 8, 4), statistics=True), 8, 4))
     z = torch.randn(1, 4, 4, 4)
-    part = z[..., :2, :2]
-    whole = decoder.latent_statistics(z)
-    assert not torch.equal(decoder.condition(part, 16, 16).features, decoder.condition(part, 16, 16, whole).features)
-
-
-@pytest.mark.parametrize(
-    ("decoder", "message"),
-    [
-        ("F-XL", "'F-XL' is unknown; the fast sizes are F-XS, F-S, F-B"),
-        ({"size": "F-S", "deep": 3}, "expected some of the keys size, width, depth"),
-        ({"size": "F-S", "trunk": "wide"}, "trunk must be one of depthwise, plain"),
-    ],
-)
-def test_unknown_options_are_named(decoder, message):
-    with pytest.raises(UserError, match=message):
-        parse_fast_decoder(decoder)
+    tile = z[..., :2, :2]
+    alone, of_whole = decoder.condition(tile, 16, 16), decoder.condition(tile, 16, 16, whole=z)
+    assert not torch.equal(alone.features, of_whole.features)
+    corner = decoder.condition(z, 32, 32).features[..., :1, :1]
+    torch.testing.assert_close(of_whole.features[..., :1, :1], corner)
 
 
 def test_sizes_are_checked():
