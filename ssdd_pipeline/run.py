@@ -7,7 +7,6 @@ and SIGUSR1 end the stage that runs, a training one after a checkpoint, and the 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import shutil
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 INTERRUPTED = 3
 POLL_S = 0.1  # between looks at the memory of a stage
@@ -31,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     from ssdd.engine.cli import parse
+    from ssdd.engine.locks import Lock
     from ssdd.engine.precision import Precision
     from ssdd.engine.presets import configs_dir
     from ssdd.engine.processes import Processes
@@ -51,10 +51,14 @@ def _run(argv: list[str]) -> int:
     stages = build_stages(cfg)
     check_arguments(stages)
     Precision.resolve("auto", Processes.join().device)  # a precision that cannot be had must not cost finished stages
-    with hold_lock(Path(cfg.ckpt_dir) / cfg.name) as lock, StopSignals() as stop:
+    lock_file = Path(cfg.ckpt_dir) / cfg.name / ".lock"
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock_file.touch()
+    with Lock(lock_file, optional=True) as lock, StopSignals() as stop:
+        lock.claim("another pipeline, or a stage left over from a killed one,")
         images = {split: open_source(cfg.dataset, split).fingerprint() for split in ("train", "val")}
         for number, stage in enumerate(stages, 1):
-            status = run_stage(cfg, stage, images, stop, lock.fileno(), f"[{number}/{len(stages)}] {stage.name}")
+            status = run_stage(cfg, stage, images, stop, lock.hand_on(), f"[{number}/{len(stages)}] {stage.name}")
             if status != 0:
                 return status
         print(write_report(cfg, stages))
@@ -102,18 +106,6 @@ class StopSignals:
         self.received = True
         if self.process is not None:
             os.kill(self.process, signal.SIGTERM)
-
-
-def hold_lock(root: Path) -> IO[str]:
-    """The open, locked file of a pipeline's folder; stages inherit it, so that the lock outlives a killed pipeline."""
-    root.mkdir(parents=True, exist_ok=True)
-    lock = (root / ".lock").open("a", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{root}: another pipeline, or a stage left over from a killed one, is running; waiting", flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
 
 
 def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, lock: int, title: str) -> int:

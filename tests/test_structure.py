@@ -173,6 +173,10 @@ def test_torch_load_stands_in_one_place():
     assert places == ["ssdd.engine.pretrained"]
 
 
+def test_file_locks_stand_in_one_place():
+    assert [name for name, found in IMPORTS.items() if found & {"fcntl", "filelock"}] == ["ssdd.engine.locks"]
+
+
 def test_only_the_programs_entries_touch_sys_path():
     users = [name for name, path in SOURCES.items() if "sys.path" in path.read_text()]
     assert users == ["dit.main", "ssdd.main"]

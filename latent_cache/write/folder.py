@@ -12,8 +12,6 @@ Every file is written beside, synced and renamed, so that a killed build leaves 
 from __future__ import annotations
 
 import errno
-import fcntl
-import logging
 import os
 import re
 import shutil
@@ -31,14 +29,13 @@ from latent_cache.verify import split_problems, statistics_problems
 from latent_cache.write.channel_statistics import ChannelStatistics
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, remove_leftovers, sync_folder, write_json
+from ssdd.engine.locks import Lock
 from ssdd.images.sources import SPLITS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 RETRY = "make room and run the same command again; it will continue"
 SHARD_FILE = re.compile(r"\d{6}\.(tar|json)")
-
-log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
@@ -207,45 +204,15 @@ def put(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-class FolderLock:
-    """Keeps two builds out of one folder; the system releases it when a build and the processes that read its images
-    end, however they end."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            self._descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder} was made by process 0, but this process does not see it: all machines of a build must share "
-                "the disk of out="
-            ) from None
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock(fcntl.LOCK_UN)
-        os.close(self._descriptor)
-
-    def claim(self) -> None:
-        """Wait until no other build works here."""
-        try:
-            self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("another build works in this folder: waiting until it ends")
-            self._lock(fcntl.LOCK_EX)
-
-    def share(self) -> None:
-        """Keep other builds out, but let the processes of this one in."""
-        self._lock(fcntl.LOCK_SH)
-
-    def _lock(self, how: int) -> None:
-        try:
-            fcntl.flock(self._descriptor, how)
-        except OSError as problem:
-            if isinstance(problem, BlockingIOError):
-                raise
-            log.debug("this file system has no locks (%s): continuing without them", problem)
+def lock_of(folder: Path) -> Lock:
+    """Keeps two builds out of one folder, where its file system has locks. UserError where the folder is not seen."""
+    try:
+        return Lock(folder, optional=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} was made by process 0, but this process does not see it: all machines of a build must share "
+            "the disk of out="
+        ) from None
 
 
 @contextmanager
