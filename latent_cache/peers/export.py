@@ -23,7 +23,7 @@ from latent_cache.read.stored_rows import Rows, stored_rows
 from latent_cache.write.folder import clear_disk_errors, lock_of
 from latent_cache.write.normalise import denormalised
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json, remove_leftovers, sync_folder, write_json
+from ssdd.engine.files import put, read_json, remove_leftovers, write_json
 from ssdd.model.latent import LatentNorm
 
 ORIGIN = "export.json"
@@ -65,8 +65,7 @@ def export(cfg: ExportConfig) -> str:
                     _open(partial, origin, needed)
                     _write(cfg, cache, values, partial)
                     os.sync()
-                    os.replace(partial, out)
-                    sync_folder(out.parent)
+                    put(partial, out)
     return f"{cfg.out}: {told}"
 
 

@@ -28,7 +28,7 @@ from latent_cache.shard import shard_name
 from latent_cache.verify import split_problems, statistics_problems
 from latent_cache.write.channel_statistics import ChannelStatistics
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json, remove_leftovers, sync_folder, write_json
+from ssdd.engine.files import read_json, remove_leftovers, write_json
 from ssdd.engine.locks import Lock
 from ssdd.images.sources import SPLITS
 
@@ -196,12 +196,6 @@ class CacheFolder:
             if (self.root / split).is_dir() and not any((self.root / split).iterdir()):
                 (self.root / split).rmdir()
         shutil.rmtree(self.partial)
-
-
-def put(temporary: Path, final: Path) -> None:
-    """Give a synced file its name, durably."""
-    os.replace(temporary, final)
-    sync_folder(final.parent)
 
 
 def lock_of(folder: Path) -> Lock:
