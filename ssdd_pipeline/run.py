@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -110,23 +109,20 @@ class StopSignals:
 
 def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, lock: int, title: str) -> int:
     """Run one stage unless it is done; its exit status. images: fingerprint of each split; lock: its descriptor."""
-    from ssdd.engine.files import read_json, sha256_file, write_json
+    from ssdd.engine.files import sha256_file
+    from ssdd.engine.resumable import WorkRecord
 
     records = Path(cfg.ckpt_dir) / cfg.name / "stages"
-    done, started = records / f"{stage.name}.json", records / f"{stage.name}.started.json"
     key = fingerprint(cfg, stage, images, records)
-    if done.is_file() and (record := read_json(done))["key"] == key:
+    done = WorkRecord(records / f"{stage.name}.json", {"key": key})
+    started = WorkRecord(records / f"{stage.name}.started.json", {"key": key})
+    if record := done.read():
         if all(Path(p).is_file() and sha256_file(p) == digest for p, digest in record["outputs"].items()):
             print(f"{title}: done before ({record['seconds']:.0f} s)", flush=True)
             return 0
-        started.unlink(missing_ok=True)  # outputs were changed or deleted: make them again from the start
-    done.unlink(missing_ok=True)
-    before = read_json(started) if started.is_file() else {"key": None, "seconds": 0.0}
-    if before["key"] != key:
-        for folder in stage.folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        before = {"key": key, "seconds": 0.0}
-        write_json(started, before)
+        started.path.unlink(missing_ok=True)  # outputs were changed or deleted: make them again from the start
+    done.path.unlink(missing_ok=True)
+    seconds = started.begin(*stage.folders).get("seconds", 0.0)
     if stop.received:
         print(f"{title}: not started; the same command continues here", flush=True)
         return INTERRUPTED
@@ -150,16 +146,16 @@ def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, l
     stop.process = None  # ended, but until now not free to be another's number
     _, wait_status, usage = os.wait4(process.pid, 0)
     status = process.returncode = os.waitstatus_to_exitcode(wait_status)
-    seconds = before["seconds"] + time.perf_counter() - began
+    seconds += time.perf_counter() - began
     if status != 0 or not all(path.is_file() for path in stage.outputs):
-        write_json(started, before | {"seconds": seconds})
+        started.write(seconds=seconds)
         if stop.received or status == 0:
             print(f"{title}: interrupted; the same command continues it", flush=True)
             return INTERRUPTED
         return 128 - status if status < 0 else status  # ended by a signal: as shells count
     outputs = {str(path): sha256_file(path) for path in stage.outputs}
     peak = peak or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    write_json(done, {"key": key, "seconds": seconds, "peak_memory_bytes": peak, "outputs": outputs})
+    done.write(seconds=seconds, peak_memory_bytes=peak, outputs=outputs)
     print(f"{title}: {seconds:.0f} s, peak memory {peak / 2**30:.1f} GiB", flush=True)
     return 0
 

@@ -30,6 +30,7 @@ from latent_cache.write.channel_statistics import ChannelStatistics
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, remove_leftovers, write_json
 from ssdd.engine.locks import Lock
+from ssdd.engine.resumable import WorkRecord
 from ssdd.images.sources import SPLITS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,6 +53,7 @@ class CacheFolder:
     def __init__(self, root: Path, settings: dict) -> None:
         self.root, self.settings = root, settings
         self.partial = root / ".partial"
+        self.record = WorkRecord(self.partial / "settings.json", settings)
         self.layout = layout_of(settings)
         self.jobs = [
             Job(split, number, samples)
@@ -108,9 +110,7 @@ class CacheFolder:
         self._check_space()
         if conflict:
             self._wipe()
-        if not (self.partial / "settings.json").is_file():
-            shutil.rmtree(self.partial, ignore_errors=True)
-            write_json(self.partial / "settings.json", self.settings)
+        self.record.begin(self.partial)
         for split in self.settings["splits"]:
             (self.partial / split).mkdir(exist_ok=True)
             (self.root / split).mkdir(exist_ok=True)
@@ -135,8 +135,8 @@ class CacheFolder:
             own = found["encoding"]  # nothing is left to encode: any CPU will do, and any device if none was requested
             kept = {"precision": own.get("precision")} | ({"device": own.get("device")} if any_device else {})
             wanted = {**wanted, "encoding": {**wanted["encoding"], **kept}}
-        elif (self.partial / "settings.json").is_file():
-            found, kind = read_json(self.partial / "settings.json"), "an unfinished build"
+        elif (found := self.record.found()) is not None:
+            kind = "an unfinished build"
         elif taken := [name for name in (*SPLITS, STATISTICS) if (self.root / name).exists()]:
             raise UserError(
                 f"out={self.root} holds {', '.join(taken)} but no cache: choose an empty or a new folder for the cache"
@@ -186,7 +186,7 @@ class CacheFolder:
 
     def _wipe(self) -> None:
         """Delete the cache or build of other settings, and nothing else; a wipe that is killed can be repeated."""
-        write_json(self.partial / "settings.json", {"deleting": True})
+        write_json(self.record.path, {"deleting": True})
         for name in (MANIFEST, STATISTICS):
             (self.root / name).unlink(missing_ok=True)
         for path in list(self._own_files()):
