@@ -31,8 +31,9 @@ from bench.table import (
     ratio,
 )
 from dit.config import DiTConfig
-from dit.model import NAMES, DiT
+from dit.model import DiT
 from dit.objective import step_draws
+from dit.options import NAMES
 from dit.tasks.build import build_objective, loss_weights
 from dit.time_convention import convention
 from ssdd.engine.cli import parse

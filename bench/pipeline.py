@@ -35,7 +35,8 @@ from bench.table import (
     ratio,
 )
 from dit.config import SamplingConfig
-from dit.model import NAMES, DiT
+from dit.model import DiT
+from dit.options import NAMES
 from dit.tasks.sample import draw, sample_labels
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError

@@ -75,7 +75,7 @@ def draw(model: DiT, indices: Iterable[int], labels: Tensor, cfg: SamplingConfig
 
 def latent_shape(model: DiT) -> tuple[int, int, int]:
     """(C, h, w) of the latents that a model was built for."""
-    return model.in_channels, *model.config["input_size"]
+    return model.in_channels, *model.options.input_size
 
 
 def _noise(indices: list[int], shape: Sequence[int], seed: int, stream: str, device: torch.device) -> Tensor:
@@ -99,7 +99,7 @@ def run(cfg: DiTConfig) -> Path:
     request = {
         **{key: value for key, value in asdict(sampling).items() if key not in ("checkpoint", "n", "batch_size")},
         "weights": sha256_file(weights),
-        "convention": model.config["convention"],
+        "convention": model.options.convention,
         "guide": guide_weights and sha256_file(guide_weights),
         "cfg_interval": list(sampling.cfg_interval),
         "chunk_size": chunk_size,

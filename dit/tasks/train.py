@@ -24,7 +24,7 @@ from dit.tasks.build import (
     trained_on,
 )
 from dit.tasks.dry_run import dry_run
-from dit.tasks.looks import Looks
+from dit.tasks.sample_monitor import SampleMonitor
 from dit.tasks.training_latents import TrainingLatents
 from ssdd.engine import checkpoint
 from ssdd.engine.devices import choose_kernels, peak_memory
@@ -68,7 +68,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     network = build_network(cfg, cache).to(device)
     objective = build_objective(cfg, network).to(device)
     flop = flop_per_latent(cfg, objective, cache, precision)
-    looks = Looks(cfg, cache, network, processes, precision)
+    monitor = SampleMonitor(cfg, cache, network, processes, precision)
     if training.fsdp:
         shard(objective, [[block] for block in network.blocks], device, world)
     parameters = dict(network.named_parameters())
@@ -147,10 +147,10 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 counts = {"images": done * latents.batch_size}
                 progress.metrics(done, state.metrics | counts | throughput.line(done))
 
-            # Look at samples of the averaged weights.
-            if looks.due(done, scheduled):
+            # Draw and measure samples of the averaged weights.
+            if monitor.due(done, scheduled):
                 with throughput.paused():
-                    looks.take(done, scheduled, network.state_dict() | averages[AVERAGE].tensors(), progress)
+                    monitor.take(done, scheduled, network.state_dict() | averages[AVERAGE].tensors(), progress)
 
             # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:

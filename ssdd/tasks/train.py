@@ -36,7 +36,7 @@ from ssdd.model.tokenizer import SSDD
 from ssdd.tasks.adversary_training import AdversaryTraining
 from ssdd.tasks.build import build_discriminator, build_objective, build_tokenizer, flop_per_image, sharded_blocks
 from ssdd.tasks.dry_run import dry_run
-from ssdd.tasks.looks import Looks
+from ssdd.tasks.reconstruction_monitor import ReconstructionMonitor
 from ssdd.tasks.training_images import TrainingImages
 
 
@@ -64,7 +64,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     network, discriminator = build_tokenizer(cfg).to(device), build_discriminator(cfg, precision)
     objective = build_objective(cfg, network, discriminator).to(device)
     flop = flop_per_image(cfg, objective, precision)
-    looks = Looks(cfg, network, processes, precision)
+    monitor = ReconstructionMonitor(cfg, network, processes, precision)
     if training.fsdp:
         shard(objective, sharded_blocks(network), device, world)
     parameters, heads = trained(network, objective)
@@ -137,7 +137,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
 
             # Log: the only place besides checkpoints and evaluations that waits for the device.
             stopping, ended = stop.agreed(), done == steps
-            evaluating = looks.evaluates(done, images.epoch_steps, ended)
+            evaluating = monitor.evaluates(done, images.epoch_steps, ended)
             logging = done == 1 or done % training.log_freq == 0 or ended
             saving = stopping or ended or done % training.save_every == 0 or evaluating
             if logging or saving:
@@ -147,11 +147,11 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 counts = {"lr": lr, "images": done * images.batch_size}
                 progress.metrics(done, state.metrics | counts | throughput.line(done))
 
-            # Look at the averaged weights; the best ones are kept.
+            # Evaluate and draw the averaged weights; the best ones are kept.
             names: list[str] = []
-            if looks.due(done, evaluating):
+            if monitor.due(done, evaluating):
                 with throughput.paused():
-                    names += looks.take(evaluating, network.state_dict() | ema.tensors(), state, progress)
+                    names += monitor.take(evaluating, network.state_dict() | ema.tensors(), state, progress)
 
             # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:

@@ -88,7 +88,7 @@ class TrainingImages:
             (self.batch_size, network.z_dim, *(side // network.f for side in x.shape[2:])),
         )
         draws = step_draws(self.cfg.seed, step, *shapes, device, times.t_mean, times.t_std)
-        draws = draws.rows(slice(self.processes.rank * self.rows, (self.processes.rank + 1) * self.rows))
+        draws = draws.rows(self.processes.own(self.rows))
         targets = None
         if self.targets is not None:
             draws.eps = self.targets.noise(indices, epoch, tuple(x.shape[1:])).to(device)

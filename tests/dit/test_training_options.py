@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit.config import DiTConfig, EmaConfig
+from dit.config import DiTConfig, DiTEmaConfig
 from dit.foreign_checkpoints import export_dit
 from dit.model import DiT
 from dit.tasks.cache_images import CacheImages
@@ -52,7 +52,7 @@ def every_option(settings, teacher_weights, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "SSDD_WEIGHTS", str(teacher_weights))
 
     def make(run_name: str, **training: object) -> DiTConfig:
-        ema = EmaConfig(decays=[0.9, 0.05], start_iter=2)
+        ema = DiTEmaConfig(decays=[0.9, 0.05], start_iter=2)
         options = {"ema": ema, "lr_schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "t_shift": 2.0}
         cfg = settings(run_name, **{**options, **training})
         cfg.dataset, cfg.losses.direction, cfg.losses.repa = DIGITS, 0.5, 0.5
@@ -267,6 +267,6 @@ def test_options_that_change_what_is_trained_do_not_continue_a_run(settings):
     with pytest.raises(UserError, match=r"terms was \['velocity'\], is \['velocity', 'direction'\]"):
         run(cfg)
     with pytest.raises(UserError, match="averages was"):
-        run(settings(steps=2, ema=EmaConfig(decays=[0.9, 0.99])))
+        run(settings(steps=2, ema=DiTEmaConfig(decays=[0.9, 0.99])))
     with pytest.raises(UserError, match="several different ones"):
-        run(settings("other", ema=EmaConfig(decays=[0.9, 0.9])))
+        run(settings("other", ema=DiTEmaConfig(decays=[0.9, 0.9])))

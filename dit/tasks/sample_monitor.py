@@ -1,4 +1,4 @@
-"""Looks at a generator in training: pictures of samples of its averaged weights, and how far these are from images."""
+"""What is seen of a generator in training: samples of its averaged weights as pictures, and how far from images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssdd.engine.sharding import gathered
 from ssdd.engine.training_checks import picture_due
 
 
-class Looks:
+class SampleMonitor:
     """When a run's averaged weights are sampled, drawn and measured; made before training starts."""
 
     def __init__(self, cfg: DiTConfig, cache: Cache, network: DiT, processes: Processes, precision: Precision):
@@ -31,11 +31,11 @@ class Looks:
         self.shown = copy.deepcopy(network).eval() if self.picture or self.fidelity else None
 
     def due(self, done: int, scheduled: bool) -> bool:
-        """Whether there is anything to look at after `done` steps; scheduled: a checkpoint is due by its number."""
+        """Whether to draw or measure anything after `done` steps; scheduled: a checkpoint is due by its number."""
         return self._draws(done, scheduled) or self._measures(done)
 
     def take(self, done: int, scheduled: bool, weights: Mapping[str, Tensor], progress: ProgressLog) -> None:
-        """Look at the averaged `weights`, as far as it is due."""
+        """Draw and measure samples of the averaged `weights`, whatever is due."""
         self.shown.load_state_dict(gathered(weights))
         if self._draws(done, scheduled) and self.processes.is_main:
             progress.picture(done, "samples", self.picture.draw(self.shown))
