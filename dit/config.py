@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from dit.foreign_checkpoints import FAMILIES
 from dit.options import NAMES, BlockVariants
-from dit.samplers import DIFFUSIONS
-from dit.samplers import NAMES as SAMPLERS
+from dit.samplers import DIFFUSIONS, SAMPLERS
 from latent_cache.config import adm_images
 from ssdd.engine.precision import PRECISIONS
 from ssdd.images.sources import DatasetConfig
