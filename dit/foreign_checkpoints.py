@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from dit.options import SIZES, VARIANTS, DiTOptions
 from dit.time_convention import Convention, DDPMConvention, convention
 from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.errors import UserError
-from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.pretrained import read_torch_file
 
 log = logging.getLogger(__name__)
@@ -179,21 +177,11 @@ def _as_sit(weights: dict[str, Tensor], told: Convention) -> dict[str, Tensor]:
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The (averaged) weights under their plain names, and what else the file records."""
-    check_regular(path)
     if path.suffix == ".safetensors":
         content: Any = load_tensors(path)
     else:
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = read_torch_file(path, mmap=zipfile.is_zipfile(path))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except Exception as error:  # unpickling raises almost anything on a damaged or unsafe file
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"{path} is damaged, or holds more than tensors and recorded arguments, and such files may run code "
-                f"({type(error).__name__}: {reason}). Save its state dict alone where you trust it, as safetensors"
-            ) from None
+        expected = "a checkpoint of tensors and recorded arguments"
+        content = read_torch_file(path, expected, classes=[argparse.Namespace], mmap=True)
     record: dict[str, Any] = {}
     if isinstance(content, dict):
         name = next((name for name in ("ema", "model", "state_dict") if isinstance(content.get(name), dict)), None)
