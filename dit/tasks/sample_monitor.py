@@ -27,7 +27,8 @@ class SampleMonitor:
         self.training, self.processes = training, processes
         samples = SampleDecoder(cfg, cache, precision) if training.tokenizer else None
         self.picture = SamplePicture(samples) if samples and training.sample_every != 0 else None
-        self.fidelity = OnlineFidelity(cfg, cache, samples, processes) if training.fidelity_every else None
+        measured = training.fidelity_every and not cfg.dry_run  # it stores the features of the images
+        self.fidelity = OnlineFidelity(cfg, cache, samples, processes) if measured else None
         self.shown = copy.deepcopy(network).eval() if self.picture or self.fidelity else None
 
     def due(self, done: int, scheduled: bool) -> bool:

@@ -45,13 +45,11 @@ from ssdd.losses.objective import weighted_sum
 
 
 def run(cfg: DiTConfig) -> dict[str, Any]:
-    """Train, or continue, the run `cfg.run_name`; returns what it writes to task_result.json.
+    """Train, or continue, the run `cfg.run_name`; returns what it writes to task_result.json, or what a dry run found.
 
     Exits with status 0 after a checkpoint when SIGTERM or SIGUSR1 arrives. UserError before the first step when cache,
     model, batch size or an earlier checkpoint of the same run do not fit together.
     """
-    if cfg.dry_run:
-        return dry_run(cfg)
     training, processes = cfg.training, Processes.join()
     device, world, steps = processes.device, processes.world, training.steps
     precision = Precision.resolve(training.mixed_precision, device)
@@ -83,6 +81,14 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     means = RunningMeans(["loss", *objective.terms, "grad_norm"], device)
     bad = FirstBadStep(device)
 
+    if training.grad_checkpoint:
+        recompute_activations(network)
+    if training.compile:
+        network.compile()
+    model = objective if training.fsdp else processes.data_parallel(objective)
+    if cfg.dry_run:
+        return dry_run(cfg, latents, model.train(), update, averages, precision, flop)
+
     # Resume: the state has all that a step reads, besides the config.
     identity |= {**network.config, "averages": list(averages), "terms": objective.terms}
     identity |= {"repa": vars(cfg.repa) if heads else None}
@@ -97,11 +103,6 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     state.restore(steps)
     if state.step == steps and (result := processes.agree(directory.training_result)):
         return result
-    if training.grad_checkpoint:
-        recompute_activations(network)
-    if training.compile:
-        network.compile()
-    model = objective if training.fsdp else processes.data_parallel(objective)
     if processes.is_main:
         directory.begin(cfg, state.step)
     batches, weights = latents.read(state.step), loss_weights(cfg)

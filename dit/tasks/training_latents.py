@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dit.config import DiTConfig
@@ -53,6 +54,12 @@ class TrainingLatents:
         order |= {"rank": self.processes.rank, "world": self.processes.world}
         images = itertools.repeat(None) if self.images is None else self.images.batches(**order)
         return zip(self.cache.batches(**order), images, strict=False)  # both endless
+
+    def made_up(self) -> LatentBatch:
+        """The first step's batch with random latents, and black images if any: what a dry run measures with."""
+        z, y = torch.randn(self.rows, *self.cache.latent_shape), torch.zeros(self.rows, dtype=torch.int64)
+        side = self.cfg.dataset.im_size
+        return self.batch(((z, y, None), None if self.images is None else torch.zeros(self.rows, 3, side, side)), 0)
 
     def batch(self, read: Any, step: int) -> LatentBatch:
         """What was `read` for a step, on the device, with the step's draws."""

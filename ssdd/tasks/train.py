@@ -41,13 +41,11 @@ from ssdd.tasks.training_images import TrainingImages
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
-    """Train, or continue, the run `cfg.run_name`; returns what it writes to task_result.json.
+    """Train, or continue, the run `cfg.run_name`; returns what it writes to task_result.json, or what a dry run found.
 
     Exits with status 0 after a checkpoint when SIGTERM or SIGUSR1 arrives. UserError before the first step when data,
     weights, batch size or an earlier checkpoint of the same run do not fit together.
     """
-    if cfg.dry_run:
-        return dry_run(cfg)
     training, processes = cfg.training, Processes.join()
     device, world = processes.device, processes.world
     precision = Precision.resolve(training.mixed_precision, device)
@@ -77,9 +75,19 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     means = RunningMeans([*objective.terms, *adversary.terms, "grad_norm"], device)
     bad = FirstBadStep(device)
 
-    # Resume: the state has all that a step reads, besides the config.
     identity |= identity_of_networks(cfg, network, objective.terms)
     images.store_targets(objective, [identity.get("teacher"), identity.get("teacher_encoder")])
+    if training.grad_checkpoint:
+        recompute_activations(network)
+    if cfg.ssdd.compile:
+        for compiled in filter(None, (network, getattr(objective, "teacher", None))):
+            compiled.compile()
+    model = objective if training.fsdp else processes.data_parallel(objective)
+    adversary.distribute(processes)
+    if cfg.dry_run:
+        return dry_run(cfg, images, model, update, adversary, ema)
+
+    # Resume: the state has all that a step reads, besides the config.
     parts = {
         "model": Weights(network),
         "model_ema": Average(ema, network),
@@ -91,13 +99,6 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     state.restore(steps)
     if state.step == steps and (result := processes.agree(directory.training_result)):
         return result
-    if training.grad_checkpoint:
-        recompute_activations(network)
-    if cfg.ssdd.compile:
-        for compiled in filter(None, (network, getattr(objective, "teacher", None))):
-            compiled.compile()
-    model = objective if training.fsdp else processes.data_parallel(objective)
-    adversary.distribute(processes)
     if processes.is_main:
         directory.begin(cfg, state.step)
     batches = images.read(state.step)

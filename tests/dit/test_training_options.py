@@ -217,6 +217,12 @@ def test_a_dry_run_counts_and_measures_without_writing(settings, tmp_path, capsy
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_refuses_what_training_refuses(settings):
+    for wrong, message in (({"accumulate": 3}, "does not divide"), ({"log_freq": 0}, "log_freq=0 must be")):
+        with pytest.raises(UserError, match=message):
+            run(replace(settings(**wrong), dry_run=True))
+
+
 def test_training_starts_from_weights_of_ours_or_in_sits_layout(settings, tmp_path):
     first = settings("first", steps=30)
     first.model.time_scale = 1.0
