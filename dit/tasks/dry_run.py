@@ -11,7 +11,7 @@ from dit.config import DiTConfig
 from dit.tasks.build import loss_weights
 from dit.tasks.training_latents import TrainingLatents
 from ssdd.engine.cost import cost_page, training_cost, training_lines
-from ssdd.engine.ema import Ema
+from ssdd.engine.ema import Ema, update_averages
 from ssdd.engine.optim import GradientStep
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import gradients_kept
@@ -40,10 +40,9 @@ def dry_run(
             with gradients_kept(model, part.stop < latents.rows):
                 with precision.autocast():
                     loss = weighted_sum(model(*batch.rows(part)), weights)
-                update.backward(loss / training.accumulate)
+                update.backward(loss / training.grad_accumulate)
         update.apply(training.lr)
-        for average in averages.values():
-            average.update(parameters)
+        update_averages(averages, parameters)
 
     result = {
         "parameters": sum(p.numel() for p in parameters.values() if p.requires_grad),

@@ -28,7 +28,7 @@ def dry_run(cfg: BuildConfig) -> str:
     Unreadable images, which on_corrupt=skip skips, are counted here, since finding them means decoding all.
     """
     check(cfg)
-    processes = Processes.join(cfg.device, patient=True)
+    processes = Processes.join(cfg.device)
     device = processes.device
     tokenizer = SSDD.from_pretrained(cfg.tokenizer, ckpt_dir=cfg.ckpt_dir).eval()
     images = replace(cfg.dataset, on_corrupt="error")

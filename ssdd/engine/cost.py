@@ -7,6 +7,7 @@ from typing import Any
 
 from ssdd.engine.devices import peak_memory
 from ssdd.engine.precision import Precision
+from ssdd.engine.tables import listed
 from ssdd.engine.throughput import seconds_a_call
 
 
@@ -36,4 +37,4 @@ def training_lines(cost: Mapping[str, Any], part: str) -> dict[str, str]:
 
 def cost_page(lines: Mapping[str, str]) -> str:
     """The figures of a dry run, a line for each name."""
-    return "\n".join(f"{name:<14} {value}" for name, value in lines.items()) + "\nnothing was written"
+    return f"{listed(lines)}\nnothing was written"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from ssdd.config import SSDDConfig
 from ssdd.engine.cost import cost_page, training_cost, training_lines
-from ssdd.engine.ema import Ema
+from ssdd.engine.ema import Ema, update_averages
 from ssdd.engine.optim import GradientStep, averaged_weights
 from ssdd.engine.processes import gradients_kept
 from ssdd.engine.throughput import count_forward_flop
@@ -24,7 +25,7 @@ def dry_run(
     model: nn.Module,
     update: GradientStep,
     adversary: AdversaryTraining,
-    ema: Ema,
+    averages: Mapping[str, Ema],
 ) -> dict[str, Any]:
     """Print and return parameters, GFLOP per image, memory, seconds per step and total hours, with all losses active.
 
@@ -45,7 +46,7 @@ def dry_run(
             adversary.backward(x, more)
         update.apply(cfg.training.lr)
         adversary.apply(cfg.training.lr)
-        ema.update(averaged_weights(update.optimizer, parameters))
+        update_averages(averages, averaged_weights(update.optimizer, parameters))
 
     with torch.compiler.set_stance("force_eager"):
         x = batch.x[:1]
