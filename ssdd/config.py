@@ -7,16 +7,20 @@ from typing import ClassVar
 
 from ssdd.engine.ema import EmaConfig
 from ssdd.engine.precision import PRECISIONS
-from ssdd.fidelity.features import LITE0
+from ssdd.engine.schema import with_keys
 from ssdd.images.sources import DatasetConfig
 from ssdd.losses.distillation import LATENTS
+from ssdd.losses.image_losses import IMAGE_LOSSES
 from ssdd.losses.perceptual import PERCEPTUAL_METRICS
 from ssdd.losses.repa import DINOV2_BASE
-from ssdd.model.decoder import DECODER_SIZES
-from ssdd.model.tokenizer import KL
+from ssdd.model.decoder_families import decoder_names
 
 PIXEL_METRICS = ("PSNR", "PSNR_pooled", "SSIM", "MSE", "MAE")
-METRICS = ("FID", *PIXEL_METRICS, *PERCEPTUAL_METRICS)
+
+
+def metric_names() -> list[str]:
+    """Metrics of an evaluation."""
+    return ["FID", *PIXEL_METRICS, *PERCEPTUAL_METRICS]
 
 
 @dataclass
@@ -37,7 +41,7 @@ class TokenizerConfig:
     """f<stride>c<channels>, with stride 4 to 64; or sdvae, or the folder of a diffusers AutoencoderKL, both frozen."""
     encoder_width: int = 128
     """Channels of the encoder's first level; 128 is the published one."""
-    decoder: str = field(default="M", metadata={"choices": (*DECODER_SIZES, KL)})
+    decoder: str = field(default="M", metadata={"choices": decoder_names})
     """Decoder size; kl is the deterministic decoder of a KL-VAE, trained on losses.l1 and the image losses."""
     checkpoint: str | None = None
     """Weights to start from, or to evaluate: run, run@best, folder or weights file."""
@@ -51,18 +55,15 @@ class TokenizerConfig:
     """Sampling."""
 
 
+@with_keys({name: (float, loss.weight, loss.doc) for name, loss in IMAGE_LOSSES.items()})
 @dataclass
 class LossesConfig:
     """Weights of the loss terms; 0 disables a term."""
 
     diffusion: float = 1.0
     """Flow matching: mean squared error of the velocity. Distillation: of the image."""
-    lpips: float = 0.5
-    """LPIPS (VGG) between target and one-step prediction; needs VGG weights in the search path."""
     repa: float = 0.25
     """REPA: tokens against those of a frozen vision transformer; needs its weights in the search path. Not for kl."""
-    features: float = 0.0
-    """LPIPS's form on the timm network aux_losses.features.model."""
     kl: float = 1e-6
     """KL of the posterior to N(0, I), summed over the latent; only while the encoder is trained."""
     l1: float = 1.0
@@ -73,16 +74,13 @@ class LossesConfig:
     """The discriminator's own loss."""
 
 
+@with_keys({name: (int, 0, f"{loss.title}.") for name, loss in IMAGE_LOSSES.items()})
 @dataclass
 class LossStartConfig:
     """Step from which a loss term is computed."""
 
-    lpips: int = 0
-    """LPIPS."""
     repa: int = 0
     """REPA."""
-    features: int = 0
-    """Features."""
 
 
 @dataclass
@@ -97,22 +95,13 @@ class RepaConfig:
     """Linear layers between the decoder's tokens and the reference."""
 
 
-@dataclass
-class FeaturesConfig:
-    """The feature loss."""
-
-    model: str = LITE0
-    """timm network whose stages are compared."""
-
-
+@with_keys({name: (loss.options, ..., f"{loss.title}.") for name, loss in IMAGE_LOSSES.items() if loss.options})
 @dataclass
 class AuxiliaryConfig:
     """Networks of the losses."""
 
     repa: RepaConfig = field(default_factory=RepaConfig)
     """REPA."""
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    """Features."""
 
 
 @dataclass
@@ -193,7 +182,7 @@ class TrainingConfig:
     for task=eval auto is no unless SSDD_PRECISION is set."""
     eval_freq: int = 4
     """Epochs between evaluations; 0 disables evaluation."""
-    save_on_best: str = field(default="FID", metadata={"choices": METRICS})
+    save_on_best: str = field(default="FID", metadata={"choices": metric_names})
     """Metric that selects the `best` checkpoint; PSNR is used if it was not measured, or if FID has fewer than ten
     images per feature dimension (20480)."""
     save_every: int = 5_000
@@ -216,7 +205,9 @@ class EvaluationConfig:
     """Step counts to evaluate; empty takes ssdd.fm_sampler.steps."""
     decoders: list[str] = field(default_factory=list)
     """Rows to evaluate side by side, each `name:checkpoint reference:steps`; empty takes ssdd.checkpoint."""
-    metrics: list[str] = field(default_factory=lambda: ["auto"], metadata={"choices": ("auto", *METRICS)})
+    metrics: list[str] = field(
+        default_factory=lambda: ["auto"], metadata={"choices": lambda: ["auto", *metric_names()]}
+    )
     """Metrics besides the pixel metrics, which are always measured; auto: all whose weights are found. The weights
     of a metric that is named must be found. FID selects the network inception."""
     features: list[str] = field(default_factory=lambda: ["auto"])

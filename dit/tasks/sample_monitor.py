@@ -24,7 +24,7 @@ class SampleMonitor:
 
     def __init__(self, cfg: DiTConfig, cache: Cache, network: DiT, processes: Processes, precision: Precision):
         training = cfg.training
-        self.training, self.processes = training, processes
+        self.training, self.processes, self.network = training, processes, network
         samples = SampleDecoder(cfg, cache, precision) if training.tokenizer else None
         self.picture = SamplePicture(samples) if samples and training.sample_every != 0 else None
         measured = training.fidelity_every and not cfg.dry_run  # it stores the features of the images
@@ -35,9 +35,9 @@ class SampleMonitor:
         """Whether to draw or measure anything after `done` steps; scheduled: a checkpoint is due by its number."""
         return self._draws(done, scheduled) or self._measures(done)
 
-    def take(self, done: int, scheduled: bool, weights: Mapping[str, Tensor], progress: ProgressLog) -> None:
-        """Draw and measure samples of the averaged `weights`, whatever is due."""
-        self.shown.load_state_dict(gathered(weights))
+    def take(self, done: int, scheduled: bool, averages: Mapping[str, Tensor], progress: ProgressLog) -> None:
+        """Draw and measure samples of the `averages` of weights, whatever is due."""
+        self.shown.load_state_dict(gathered(self.network.state_dict() | averages))
         if self._draws(done, scheduled) and self.processes.is_main:
             progress.picture(done, "samples", self.picture.draw(self.shown))
         if self._measures(done):

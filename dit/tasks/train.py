@@ -115,11 +115,11 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                     loss = weighted_sum(terms, weights)
                     update.backward(loss / training.grad_accumulate)
                 means.add({"loss": loss, **terms}, 1 / training.grad_accumulate)
-                bad.see(loss)
+                bad.add(loss)
 
             # Optimise, average.
             norm = update.apply(lr)
-            bad.see(None if scaler.is_enabled() else norm)  # a scaler skips such steps
+            bad.add(None if scaler.is_enabled() else norm)  # a scaler skips such steps
             update_averages(averages, parameters)
             state.step = done = step + 1
             means.add({"grad_norm": norm})
@@ -142,7 +142,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             # Draw and measure samples of the averaged weights.
             if monitor.due(done, scheduled):
                 with throughput.paused():
-                    monitor.take(done, scheduled, network.state_dict() | averages[AVERAGE].tensors(), progress)
+                    monitor.take(done, scheduled, averages[AVERAGE].tensors(), progress)
 
             # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:

@@ -41,9 +41,10 @@ def dry_run(
             x, draws, stored = batch.rows(part)
             with gradients_kept(model, more):
                 with precision.autocast():
-                    loss = weighted_sum(model(x, draws, None, *stored), vars(cfg.losses))
-                update.backward(loss / cfg.training.grad_accumulate)
-            adversary.backward(x, more)
+                    terms, predicted = model(x, draws, None, *stored)
+                loss = weighted_sum(terms, vars(cfg.losses)) / cfg.training.grad_accumulate
+                update.backward(loss)
+            adversary.backward(x, predicted, more)
         update.apply(cfg.training.lr)
         adversary.apply(cfg.training.lr)
         update_averages(averages, averaged_weights(update.optimizer, parameters))

@@ -32,7 +32,7 @@ class ReconstructionMonitor:
 
     def __init__(self, cfg: SSDDConfig, network: SSDD, processes: Processes, precision: Precision):
         training = cfg.training
-        self.training, self.processes = training, processes
+        self.training, self.processes, self.network = training, processes, network
         self.evaluation = Evaluation(cfg, processes, precision) if training.eval_freq else None
         drawn = training.sample_every or (training.sample_every is None and self.evaluation is not None)
         self.picture = ReconstructionPicture(cfg, precision) if drawn else None
@@ -50,10 +50,10 @@ class ReconstructionMonitor:
         return evaluating or self._draws(done, evaluating)
 
     def take(
-        self, evaluating: bool, weights: Mapping[str, Tensor], state: TrainingState, progress: ProgressLog
+        self, evaluating: bool, averages: Mapping[str, Tensor], state: TrainingState, progress: ProgressLog
     ) -> list[str]:
-        """Do what is due; ["best"] when these averaged `weights` are the best so far, else []."""
-        self.shown.load_state_dict(gathered(weights))
+        """Do what is due; ["best"] when these `averages` of weights are the best so far, else []."""
+        self.shown.load_state_dict(gathered(self.network.state_dict() | averages))
         if self._draws(state.step, evaluating) and self.processes.is_main:
             progress.picture(state.step, "reconstructions", self.picture.draw(self.shown))
         return ["best"] if evaluating and self._is_best(state, progress) else []
