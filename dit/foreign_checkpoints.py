@@ -145,16 +145,16 @@ def export_dit(model: DiT, path: str | Path, layout: str = "dit") -> Path:
     return path
 
 
-def _as_sit(weights: dict[str, Tensor], told: Convention) -> dict[str, Tensor]:
-    """Weights that compute the same velocity under SiT's convention as these do under theirs."""
-    if isinstance(told, DDPMConvention):
+def _as_sit(weights: dict[str, Tensor], own: Convention) -> dict[str, Tensor]:
+    """Weights that compute the same velocity under SiT's convention as these do under their `own`."""
+    if isinstance(own, DDPMConvention):
         raise UserError('a noise predictor is not a velocity field of SiT\'s path; export it with layout="dit"')
-    if told.time_scale != 1:
+    if own.time_scale != 1:
         raise UserError(
-            f"SiT feeds its network t in [0, 1], and this one was trained on {told.time_scale:g} t: the "
+            f"SiT feeds its network t in [0, 1], and this one was trained on {own.time_scale:g} t: the "
             'weights cannot be converted. Train with model.time_scale=1, or export with layout="dit"'
         )
-    if not told.time_reversed:
+    if not own.time_reversed:
         first = weights["t_embedder.mlp.0.weight"].double()
         cosines, sines = first.chunk(2, dim=1)  # [h, 128] each, by frequency
         half = cosines.shape[1]
@@ -169,7 +169,7 @@ def _as_sit(weights: dict[str, Tensor], told: Convention) -> dict[str, Tensor]:
             dim=1,
         )
         weights["t_embedder.mlp.0.weight"] = rotated.to(weights["t_embedder.mlp.0.weight"].dtype)
-    if told.sign < 0:
+    if own.sign < 0:
         for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
             weights[key] = -weights[key]
     return weights
