@@ -165,7 +165,8 @@ def planned_steps(arguments: list[str], seconds: float) -> int:
     from ssdd.tasks.train import run as train
 
     torch.set_num_threads(1)
-    cfg = parse(SSDDConfig, [*arguments, "training.steps=1", "dry_run=true"], program="ssdd", description="")
+    keys = ["run_name=dry_run", "training.steps=1", "dry_run=true"]
+    cfg = parse(SSDDConfig, [*arguments, *keys], program="ssdd", description="")
     return max(1, round(seconds / train(cfg)["seconds_a_step"]))
 
 
