@@ -17,6 +17,7 @@ import torch
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
+from ssdd.engine.processes import Processes
 from ssdd.engine.program import named_paths, run_program
 from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, frechet_floor, paired_differences
 from ssdd.fidelity.features import FeatureNetwork, load_networks
@@ -93,8 +94,8 @@ def run(cfg: FidelityConfig) -> dict[str, Any]:
     for name in names:
         pair = (opened[name].treatment, opened[reference].treatment)
         notes.append(check_comparable(*pair, (name, reference), cfg.allow_mismatch))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = load_networks(cfg.features.split(","), device)
+    alone = Processes(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    networks = load_networks(cfg.features.split(","), alone.device)
     if not networks:
         raise UserError("no weights of a feature network were found; name a network to see how to fetch them")
     for images in opened.values():
@@ -108,12 +109,12 @@ def run(cfg: FidelityConfig) -> dict[str, Any]:
         "metrics": {},
         "notes": [note for note in notes if note],
     }
+    cache = {reference: Path(cfg.cache)} if cfg.cache else {}
+    measured = {
+        name: images.statistics(networks, alone, cache.get(name), cfg.batch_size) for name, images in opened.items()
+    }
     for network in networks:
-        cache = Path(cfg.cache) if cfg.cache else None
-        sets = {
-            name: opened[name].statistics(network, cfg.batch_size, cache=cache if name == reference else None)
-            for name in cfg.sets
-        }
+        sets = {name: of_networks[network.name] for name, of_networks in measured.items()}
         scores, kernels = compare(sets, names, reference, reference, cfg.resamples, cfg.seed)
         for name in names:
             scores[name] |= _beside(cfg, sets[name], sets[reference])

@@ -20,6 +20,7 @@ from ssdd.engine.files import sha256_json
 from ssdd.engine.log import ProgressLog
 from ssdd.engine.random import indexed_noise
 from ssdd.images.dataset import ImageDataset
+from ssdd.images.pixels import from_uint8
 from ssdd.model.tokenizer import SSDD
 
 SHARD = 64
@@ -52,7 +53,7 @@ class TargetStore:
                 samples = [dataset[int(i)] for i in indices]
                 if any(index != int(i) for (_, _, index), i in zip(samples, indices, strict=True)):
                     raise UserError("distill.targets=cache needs readable images only: dataset.on_corrupt=error")
-                x = torch.stack([pixels for pixels, _, _ in samples]).to(device).float() / 127.5 - 1
+                x = from_uint8(torch.stack([pixels for pixels, _, _ in samples]).to(device))
                 z = teacher.encode(x).mode()
                 target = teacher.decode(z, steps=steps, noise=self.noise(indices, draw, tuple(x.shape[1:])))
                 save_tensors(self._path(shard), {"z": z, "target": target.half()})

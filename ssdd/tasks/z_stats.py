@@ -14,6 +14,7 @@ from ssdd.engine.processes import Processes
 from ssdd.engine.run import RunDirectory
 from ssdd.images.batches import eval_batches
 from ssdd.images.dataset import ImageDataset
+from ssdd.images.pixels import from_uint8
 from ssdd.images.sources import open_source
 from ssdd.model.latent import LatentNorm
 from ssdd.tasks.build import build_encoder
@@ -34,9 +35,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     tokenizer = build_encoder(cfg).to(processes.device).eval()
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=False)
     values, total, squares = 0, 0.0, 0.0
-    for x, _, _ in eval_batches(dataset, cfg.evaluation.batch_size, workers=cfg.dataset.reading_processes):
+    for pixels, _, _ in eval_batches(dataset, cfg.evaluation.batch_size, workers=cfg.dataset.reading_processes):
         with precision.autocast():
-            z = tokenizer.encode(x.to(processes.device)).mode().double().cpu()  # [B, c, h, w]
+            z = tokenizer.encode(from_uint8(pixels).to(processes.device)).mode().double().cpu()  # [B, c, h, w]
         values += z.numel() // tokenizer.z_dim
         total += z.sum(dim=(0, 2, 3))
         squares += z.square().sum(dim=(0, 2, 3))

@@ -25,6 +25,7 @@ from latent_cache.write.build import build
 from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.schema import to_yaml
+from ssdd.fidelity.statistics import default_cache
 from ssdd.images.sources import DatasetConfig
 from ssdd.model.tokenizer import SSDD
 from tests.dit.test_train import ENVIRONMENT, ROOT, folder, metrics, weights
@@ -185,7 +186,8 @@ def test_the_images_of_an_imported_cache_are_not_known(caches):
         CacheImages(DIGITS, cache)
 
 
-def test_online_fidelity_is_logged_and_changes_no_byte(settings, caches):
+def test_online_fidelity_is_logged_and_changes_no_byte(settings, caches, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     plain, measured = settings("plain", steps=4), settings("measured", steps=4)
     run(plain)
     options = {"fidelity_every": 2, "fidelity_samples": 6, "sample_every": 0}
@@ -198,7 +200,7 @@ def test_online_fidelity_is_logged_and_changes_no_byte(settings, caches):
     assert [row["step"] for row in found] == [2, 4]
     assert all(row["fidelity/frechet_efficientnet_lite0"] > 0 for row in found)
     assert found[0] | {"step": 4} != found[1]
-    features = list((Path(measured.ckpt_dir) / "cache" / "fidelity").iterdir())
+    features = list(default_cache().iterdir())
     assert len(features) == 1 and len(load_tensors(features[0])["features"]) == 60
     with pytest.raises(UserError, match="training.fidelity_every needs training.tokenizer"):
         run(settings(fidelity_every=2))
