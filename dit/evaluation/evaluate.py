@@ -258,7 +258,7 @@ def _compare(
     if floor:
         result["floor"][network] = {**floor, "count": real[HELD_OUT].count}
         # A generator that copies its training images is closer to them than to others.
-        to_held_out = compare(sets | real, names, HELD_OUT, HELD_OUT, resamples, seed, with_precision=False)[0]
+        to_held_out = compare(sets | real, names, HELD_OUT, HELD_OUT, resamples, seed, slow=False)[0]
     for row in result["rows"]:
         scores = row["distances"][network] = compared[row["name"]]
         own = to_held_out.get(row["name"], {})

@@ -86,7 +86,7 @@ class Gap:
         sets = {name: self.sets[row.name, level].statistics(network) for name, level in names.items()} | real
         resamples, seed = self.cfg.evaluation.resamples, self.cfg.sampling.seed
         to_originals = compare(sets, list(names), ORIGINALS, None, resamples, seed)[0]
-        to_reference = compare(sets, list(names), REFERENCE, REFERENCE, resamples, seed, with_precision=False)[0]
+        to_reference = compare(sets, list(names), REFERENCE, REFERENCE, resamples, seed, slow=False)[0]
         return [
             {
                 "noise": level,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ssdd.fidelity.set_metrics import SET_METRICS, distance_name
+
 
 def table(result: dict[str, Any]) -> str:
     """All tables of a result of task=evaluate."""
@@ -21,26 +23,25 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _quality(result: dict[str, Any], network: str) -> str:
-    letters = _distance(network)
+    metrics = {key: metric for key, metric in SET_METRICS.items() if metric.label}
+    titles = [metric.title(network, "g") + " [95 %]" * (f"{key}_low" in SET_METRICS) for key, metric in metrics.items()]
+    costs = {"images_per_s": ("decode/s", 1), "sampling_images_per_s": ("total/s", 1)}
+    costs |= {"decoder_share": ("decoder's share", 3)}
     header = [
-        "decoder", f"g{letters}", "floor", f"s{letters}", "IS", "KID [95 %]", "precision", "recall", "copies (reals)",
-        "decode/s", "total/s", "decoder's share",
-    ]  # fmt: skip
+        "decoder",
+        *titles,
+        f"{distance_name(network)} floor",
+        "copies (reals)",
+        *(label for label, _ in costs.values()),
+    ]
     floor = result["floor"].get(network, {})
     rows = []
     for row in result["rows"]:
         d = row["distances"][network]
-        kid = f"{d['kid']:.4f} [{d['kid_low']:.4f}, {d['kid_high']:.4f}]" if "kid" in d else "-"
         copies = f"{_number(d.get('copy_rate'), 3)} ({_number(d.get('copy_rate_held_out'), 3)})"
-        rows.append(
-            [
-                row["name"], _number(d["frechet"], 3), _number(floor.get("frechet"), 3),
-                _number(d.get("spatial_frechet"), 3), _number(d.get("inception_score"), 2), kid,
-                _number(d.get("precision"), 3), _number(d.get("recall"), 3), copies,
-                _number(row.get("images_per_s"), 1), _number(row.get("sampling_images_per_s"), 1),
-                _number(row.get("decoder_share"), 3),
-            ]
-        )  # fmt: skip
+        figures = [_figure(d, key, metric.decimals) for key, metric in metrics.items()]
+        speeds = [_number(row.get(key), digits) for key, (_, digits) in costs.items()]
+        rows.append([row["name"], *figures, _number(floor.get("frechet"), 3), copies, *speeds])
     reference = result["reference"]
     caption = (
         f"{result['count']} samples ({result['labels']}), features {network.split(':')[0]} (weights "
@@ -50,7 +51,7 @@ def _quality(result: dict[str, Any], network: str) -> str:
 
 
 def _gap(gaps: dict[str, dict[str, float]], network: str) -> str:
-    letters = _distance(network)
+    letters = distance_name(network)
     header = ["decoder", f"g{letters}", f"r{letters}", "gap", f"r{letters} to reference", "gap", "KID gap"]
     keys = ("gfid", "rfid", "gap", "rfid_to_reference", "gap_to_reference")
     rows = [
@@ -62,7 +63,7 @@ def _gap(gaps: dict[str, dict[str, float]], network: str) -> str:
 def _noise(decoders: dict[str, list[dict[str, float]]], network: str) -> str:
     header = ["decoder", *(f"{line['noise']:g} std" for line in next(iter(decoders.values())))]
     rows = [[name, *(_number(line["frechet_to_originals"], 3) for line in lines)] for name, lines in decoders.items()]
-    return _aligned(f"r{_distance(network)} with noise on the latents", header, rows)
+    return _aligned(f"r{distance_name(network)} with noise on the latents", header, rows)
 
 
 def _sweep(lines: list[dict[str, Any]], network: str) -> str:
@@ -72,15 +73,19 @@ def _sweep(lines: list[dict[str, Any]], network: str) -> str:
         + [_number(scores[network]["frechet"], 3) for scores in line["distances"].values()]
         for line in lines
     ]
-    return _aligned(f"g{_distance(network)} of {lines[0]['n']} samples per setting", header, rows)
-
-
-def _distance(network: str) -> str:
-    return "FID" if network == "inception" else "FD"
+    return _aligned(f"g{distance_name(network)} of {lines[0]['n']} samples per setting", header, rows)
 
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _figure(scores: dict[str, float], key: str, digits: int) -> str:
+    """A figure, with its interval where it has one."""
+    if f"{key}_low" not in scores:
+        return _number(scores.get(key), digits)
+    low, high = (_number(scores[f"{key}_{end}"], digits) for end in ("low", "high"))
+    return f"{_number(scores[key], digits)} [{low}, {high}]"
 
 
 def _aligned(caption: str, header: list[str], rows: list[list[str]]) -> str:

@@ -23,12 +23,10 @@ from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, frechet_floor, pa
 from ssdd.fidelity.features import FeatureNetwork, load_networks
 from ssdd.fidelity.kid import KernelEstimate, kernel_distance_of_subsets
 from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.set_metrics import SET_METRICS
 from ssdd.fidelity.set_to_measure import SetToMeasure
 from ssdd.fidelity.statistics import default_cache
 from ssdd.fidelity.stored_sets import check_comparable
-
-LABELS = {"frechet": "Frechet", "spatial_frechet": "spatial Frechet"}
-INCEPTION_LABELS = {"frechet": "FID", "spatial_frechet": "sFID"}
 
 
 @dataclass
@@ -191,7 +189,7 @@ def table(result: dict[str, Any]) -> str:
     for name, described in (*result["sets"].items(), ("reference", result["reference"])):
         lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in described.items() if key != "path"))
     for network, scores in result["metrics"].items():
-        labels = INCEPTION_LABELS if network == "inception" else LABELS
+        labels = {key: metric.title(network) for key, metric in SET_METRICS.items() if metric.label}
         for name, row in scores.items():
             lines.append(f"\n{name}, {network} (weights {result['networks'][network]['checksum'][:8]}):")
             for key, value in row.items():

@@ -6,7 +6,8 @@ import contextlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +18,6 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.pretrained import find, has, load_tensors
 from ssdd.fidelity.features import LITE0, TimmStages
 from ssdd.images.pixels import to_uint8
-
-PERCEPTUAL_METRICS = {"LPIPS": "alexnet", "lite0_distance": "efficientnet_lite0", "DreamSim": "dreamsim"}
-"""Metric of an evaluation -> weights that it needs."""
 
 DREAMSIM_HUB_FILES = ("facebookresearch_dino_main/hubconf.py", "checkpoints/dino_vitbase16_pretrain.pth")
 """What the package dreamsim has torch.hub fetch into its weights' folder, and run, where it is not there yet."""
@@ -170,30 +168,57 @@ def _dreamsim_folder() -> Path:
     return folder
 
 
-def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, Lpips | FeatureDistance | DreamSim]:
-    """The perceptual metrics among `names`; "auto" stands for all whose weights (and package) are on this machine.
+@dataclass(frozen=True)
+class PerceptualMetric:
+    """A distance of images to their originals in an evaluation, as the mean over the images.
 
-    UserError for one that is named and missing.
+    weights: that it needs, by their name in `PRETRAINED`; build: its network, from the device; is_here: whether it can
+    be built on this machine, where that takes more than the weights. label, decimals: of its column in tables.
     """
-    chosen = [name for name in PERCEPTUAL_METRICS if name in names or ("auto" in names and _is_here(name))]
-    makers = {
-        "LPIPS": lambda: Lpips("alex", padded=True),
-        "lite0_distance": FeatureDistance,
-        "DreamSim": lambda: DreamSim(device),
-    }
-    return {name: makers[name]().to(device) for name in chosen}
+
+    weights: str
+    build: Callable[[torch.device | str], Lpips | FeatureDistance | DreamSim]
+    label: str
+    decimals: int = 4
+    is_here: Callable[[], bool] | None = None
+
+    def found(self) -> bool:
+        """Whether all that it needs is on this machine."""
+        return self.is_here() if self.is_here else has(self.weights)
 
 
-def automatic_without_weights(names: Sequence[str]) -> list[str]:
-    """Perceptual metrics of "auto" among `names` whose weights are not found."""
-    return [name for name in PERCEPTUAL_METRICS if "auto" in names and name not in names and not _is_here(name)]
-
-
-def _is_here(metric: str) -> bool:
-    if metric != "DreamSim":
-        return has(PERCEPTUAL_METRICS[metric])
+def _dreamsim_is_here() -> bool:
     try:
         _dreamsim_folder()
     except UserError:
         return False
     return importlib.util.find_spec("dreamsim") is not None
+
+
+PERCEPTUAL_METRICS = {
+    "LPIPS": PerceptualMetric("alexnet", lambda device: Lpips("alex", padded=True), "LPIPS"),
+    "lite0_distance": PerceptualMetric("efficientnet_lite0", lambda device: FeatureDistance(), "Lite0 distance"),
+    "DreamSim": PerceptualMetric("dreamsim", DreamSim, "DreamSim", is_here=_dreamsim_is_here),
+}
+"""Key of a result -> metric; less of any is better."""
+
+
+def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, Lpips | FeatureDistance | DreamSim]:
+    """The perceptual metrics among `names`; "auto" stands for all whose weights (and package) are on this machine.
+
+    UserError for one that is named and missing.
+    """
+    return {
+        name: metric.build(device).to(device)
+        for name, metric in PERCEPTUAL_METRICS.items()
+        if name in names or ("auto" in names and metric.found())
+    }
+
+
+def automatic_without_weights(names: Sequence[str]) -> list[str]:
+    """Perceptual metrics of "auto" among `names` whose weights are not found."""
+    return [
+        name
+        for name, metric in PERCEPTUAL_METRICS.items()
+        if "auto" in names and name not in names and not metric.found()
+    ]

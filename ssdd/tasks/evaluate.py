@@ -31,7 +31,7 @@ from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, paired_difference
 from ssdd.fidelity.features import automatic_without_weights, load_networks
 from ssdd.fidelity.measure import SetStatistics, observe
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.pixel_metrics import fine_power, mae, mse, pooled_psnr, psnr, ssim
+from ssdd.fidelity.pixel_metrics import PIXEL_METRICS
 from ssdd.fidelity.split_images import SplitImages
 from ssdd.fidelity.statistics import default_cache, measure_once
 from ssdd.images.batches import read_split
@@ -44,7 +44,6 @@ from ssdd.tasks.noise_agreement import noise_agreement
 
 ORIGINALS, REALS = "originals", "reals"
 AGREEMENT_IMAGES = 32
-HIGHER_IS_BETTER = ("PSNR", "PSNR_pooled", "SSIM")
 log = logging.getLogger(__name__)
 
 
@@ -76,9 +75,9 @@ class Evaluator:
         Frechet distances are to the originals (rFID); with `reals`, KID, precision and recall are to as many training
         images, and the floor has what the originals themselves score against those.
         """
-        cache, values, seconds = default_cache(), defaultdict(dict), defaultdict(float)
+        cache, decoded, seconds = default_cache(), 0, defaultdict(float)
+        values: dict[str, list[tuple[Tensor, dict[str, Tensor]]]] = defaultdict(list)
         pictures: dict[str, Tensor] = {}
-        decoded, fine = 0, {}
         real = {ORIGINALS: measure_once(self.held_out, self.networks, self.processes, cache)}
         if reals:
             training = SplitImages(replace(self.cfg.dataset, limit=len(self.dataset)), "train")
@@ -108,18 +107,13 @@ class Evaluator:
                 images[names[-2]] = pca.decode(pca.encode(pixels)).to(self.device)
                 images[names[-1]] = slight_blur(originals)
             features = {name: network.features(x) for name, network in self.perceptual.items()}
-            fine |= dict(zip(indices.tolist(), fine_power(originals).tolist(), strict=True))
             for name, batch in images.items():
                 if name != ORIGINALS:
                     sets[name].add(observe(batch, self.networks), indices)
-                    values[name] |= self._image_metrics(batch, originals, features, indices)
+                    values[name].append((indices, self._image_metrics(batch, originals, features)))
                 kept = pictures.get(name, batch[:0].cpu())
                 pictures[name] = torch.cat([kept, batch[: self.cfg.show_samples - len(kept)].cpu()])
-        means = self._merge(values)
-        fine = {i: power for part in self.processes.gather_objects(fine) for i, power in part.items()}
-        for row in means.values():
-            row["PSNR_pooled"] = pooled_psnr(row["MSE"] / 1000)
-            row["power_ratio"] = row.pop("fine_power") / max(sum(fine[i] for i in sorted(fine)) / len(fine), 1e-12)
+        means = self._means(values)
         for collected in sets.values():
             collected.reduce(self.processes)
         skipped = {
@@ -152,41 +146,36 @@ class Evaluator:
         elif wanted == "FID" and len(self.dataset) < needed:
             reason = f"{len(self.dataset)} images are fewer than the {needed} that a Frechet distance needs"
         else:
-            return wanted, scores[key] if wanted in HIGHER_IS_BETTER else -scores[key]
+            more_is_better = wanted in PIXEL_METRICS and PIXEL_METRICS[wanted].better == "↑"
+            return wanted, scores[key] if more_is_better else -scores[key]
         if not self._fell_back:
             log.warning("training.save_on_best=%s: %s; PSNR selects the best checkpoint", wanted, reason)
         self._fell_back = True
         return "PSNR", scores["PSNR"]
 
-    def _image_metrics(
-        self, images: Tensor, originals: Tensor, features: dict[str, Any], indices: Tensor
-    ) -> dict[int, dict[str, float]]:
-        """Sample index -> metrics of that image, on 8-bit pixels; MSE and MAE in units of [0, 1] times 1000 and 1.
+    def _image_metrics(self, images: Tensor, originals: Tensor, features: dict[str, Any]) -> dict[str, Tensor]:
+        """Metric -> its values for each image, on 8-bit pixels: float64 [n] or [n, k], on the CPU.
 
         features: those of the originals, for every perceptual distance.
         """
-        columns = {
-            "PSNR": psnr(images, originals),
-            "SSIM": ssim(images, originals),
-            "MSE": 1000 * mse(images, originals),
-            "MAE": mae(images, originals),
-            "fine_power": fine_power(images),
-        }
+        columns = {name: metric.measure(images, originals) for name, metric in PIXEL_METRICS.items()}
         for name, network in self.perceptual.items():
             columns[name] = network.distance(network.features(from_uint8(images)), features[name])
-        table = {name: column.tolist() for name, column in columns.items()}
-        return {index: {name: table[name][i] for name in table} for i, index in enumerate(indices.tolist())}
+        return {name: column.double().cpu() for name, column in columns.items()}
 
-    def _merge(self, values: dict[str, dict[int, dict[str, float]]]) -> dict[str, dict[str, float]]:
-        """Means over all images of all processes, summed in the order of their indices."""
-        merged: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
+    def _means(self, values: dict[str, list[tuple[Tensor, dict[str, Tensor]]]]) -> dict[str, dict[str, float]]:
+        """Row -> metric -> its figure for all images of all processes, summed in the order of their indices."""
+        merged: dict[str, list[tuple[Tensor, dict[str, Tensor]]]] = defaultdict(list)
         for part in self.processes.gather_objects(dict(values)):
-            for name, rows in part.items():
-                merged[name] |= rows
-        return {
-            name: {key: sum(rows[i][key] for i in sorted(rows)) / len(rows) for key in next(iter(rows.values()))}
-            for name, rows in merged.items()
-        }
+            for name, batches in part.items():
+                merged[name] += batches
+        means: dict[str, dict[str, float]] = defaultdict(dict)
+        for name, batches in merged.items():
+            order = torch.cat([indices for indices, _ in batches]).argsort()
+            for key in batches[0][1]:
+                mean = torch.cat([columns[key] for _, columns in batches])[order].mean(dim=0)
+                means[name][key] = PIXEL_METRICS[key].pool(mean) if key in PIXEL_METRICS else mean.item()
+        return dict(means)
 
     def _summarise(
         self, statistics: dict[str, dict[str, Statistics]], means: dict[str, dict[str, float]], rows: Sequence[Row]

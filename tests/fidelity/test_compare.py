@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ssdd.engine.processes import Processes
 from ssdd.fidelity import features as features_module
-from ssdd.fidelity.compare import compare, drawn, frechet_floor, paired_differences
+from ssdd.fidelity.compare import compare, frechet_floor, paired_differences
 from ssdd.fidelity.features import FeatureNetwork, Outputs, load_networks
 from ssdd.fidelity.frechet import frechet_distance
 from ssdd.fidelity.kid import KernelEstimate, kernel_distance
 from ssdd.fidelity.measure import measure
 from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.set_metrics import drawn
 
 DIM = 3
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -74,7 +75,7 @@ def test_kernel_scores_are_to_the_other_real_images(sets):
 
 
 def test_precision_and_recall_are_left_out_on_demand_and_change_nothing_else(sets):
-    full, less = (compare(sets, ["moved"], "originals", "reals", 10, 0, with_precision=p)[0] for p in (True, False))
+    full, less = (compare(sets, ["moved"], "originals", "reals", 10, 0, slow=p)[0] for p in (True, False))
     assert (
         less["moved"] == {k: v for k, v in full["moved"].items() if k not in ("precision", "recall")} != full["moved"]
     )

@@ -8,8 +8,12 @@ import torch
 from ssdd.fidelity.frechet import frechet_distance
 from ssdd.fidelity.kid import _resample_counts, kernel_bootstrap, kernel_distance, kernel_distance_of_subsets
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.neighbours import copy_rate, precision_recall
+from ssdd.fidelity.neighbours import copy_rate, precision, recall
 from tests.fidelity.normal_features import normal, statistics_of
+
+
+def precision_recall(real, generated, k=3):
+    return precision(real, generated, k), recall(real, generated, k)
 
 
 def gaussian(mean, cov):

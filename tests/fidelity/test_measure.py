@@ -18,7 +18,6 @@ from ssdd.fidelity.statistics import load_statistics, measure_once, provenance_o
 from ssdd.fidelity.stored_sets import Treatment, open_set
 from ssdd.images.sources import DatasetConfig
 
-
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
