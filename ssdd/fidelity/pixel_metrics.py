@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssdd.images.pixels import PEAK, to_unit
+
 SSIM_WINDOW = 7
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 
@@ -64,7 +66,7 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     var_x = sample * (_window_mean(x * x) - mean_x**2)
     var_y = sample * (_window_mean(y * y) - mean_y**2)
     cov = sample * (_window_mean(x * y) - mean_x * mean_y)
-    c1, c2 = (SSIM_K1 * 255) ** 2, (SSIM_K2 * 255) ** 2
+    c1, c2 = (SSIM_K1 * PEAK) ** 2, (SSIM_K2 * PEAK) ** 2
     numerator = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
     denominator = (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     return (numerator / denominator).mean(dim=(1, 2, 3))
@@ -76,7 +78,7 @@ def _window_mean(x: Tensor) -> Tensor:
 
 def _difference(images: Tensor, originals: Tensor) -> Tensor:
     _check(images, originals)
-    return (images.double() - originals.double()) / 255
+    return to_unit(images.double() - originals.double())
 
 
 def _check(images: Tensor, originals: Tensor) -> None:
