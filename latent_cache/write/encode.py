@@ -7,6 +7,7 @@ Shards are equal byte for byte on CPUs of one capability, which the manifest rec
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,10 +21,10 @@ from latent_cache.write.channel_statistics import ChannelStatistics
 from latent_cache.write.folder import CacheFolder, Job, put
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
+from ssdd.images.batches import read_batches
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.pixels import from_uint8
 from ssdd.images.sources import DatasetConfig, ImageSource
-from ssdd.images.workers import read_by_workers
 from ssdd.model.tokenizer import SSDD
 
 
@@ -36,7 +37,7 @@ class Batch(NamedTuple):
     numbers: list[int]
 
 
-class Images(torch.utils.data.Dataset):
+class Images:
     """Test-time images of all splits, read batch by batch; `skipped` are the unreadable ones of each split."""
 
     def __init__(self, cfg: DatasetConfig, sources: dict[str, ImageSource], skipped: dict[str, list[int]]) -> None:
@@ -63,26 +64,13 @@ class Images(torch.utils.data.Dataset):
                 found.append(Batch(job, first, len(numbers), filled))
         return found
 
-    def __getitem__(self, batch: Batch) -> Tensor | UserError:
-        """uint8 [size, 3, H, W]. A UserError is returned, since the loader would wrap one that is raised."""
-        dataset = self.datasets[batch.job.split]
-        try:
-            pixels = {number: dataset[number][0] for number in dict.fromkeys(batch.numbers)}
-        except UserError as problem:
-            return problem
-        return torch.stack([pixels[number] for number in batch.numbers])
-
     def read(self, batches: list[Batch], workers: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches with their pixels, decoded here or in worker processes."""
-        if workers == 0:
-            found: Iterator[Tensor | UserError] = map(self.__getitem__, batches)
-        else:
-            row = 3 * next(iter(self.datasets.values())).cfg.im_size ** 2
-            found = read_by_workers(self, batches, workers, lambda batch: len(batch.numbers) * row)
-        for batch, pixels in zip(batches, found, strict=True):
-            if isinstance(pixels, UserError):
-                raise pixels
-            yield batch, pixels
+        """Batches with their pixels, uint8 [size, 3, H, W], decoded here or in worker processes."""
+        for split, batches_of_split in itertools.groupby(batches, key=lambda batch: batch.job.split):
+            own = list(batches_of_split)
+            keys = ([(0, number) for number in batch.numbers] for batch in own)
+            for batch, (_, pixels, _, _) in zip(own, read_batches(self.datasets[split], keys, workers), strict=True):
+                yield batch, pixels
 
 
 def encode_shards(

@@ -117,7 +117,8 @@ class _BatchReader(torch.utils.data.Dataset):
 
     def __getitem__(self, keys: list[Key]) -> Rows | UserError:
         try:
-            pixels, labels, indices = zip(*(self.dataset[key] for key in keys), strict=True)
+            read = {key: self.dataset[key] for key in dict.fromkeys(keys)}  # a filled-up batch has its last image often
+            pixels, labels, indices = zip(*(read[key] for key in keys), strict=True)
         except UserError as problem:
             return problem
         return keys, torch.stack(pixels), torch.tensor(labels), torch.tensor(indices)
