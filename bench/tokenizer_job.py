@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.networks import OURS, build, compile_network, decoding, encoding, fill_zeros, parameter_count
 from bench.processes import Work
-from bench.table import DTYPES
+from bench.settings import DTYPES
 from ssdd.config import SSDDConfig
 from ssdd.engine.errors import UserError
 from ssdd.engine.optim import build_optimizer, parameter_groups

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dit.foreign_checkpoints import FAMILIES
 from dit.model import NAMES
 from dit.samplers import DIFFUSIONS
 from dit.samplers import NAMES as SAMPLERS
 from latent_cache.config import adm_images
+from ssdd.engine.ema import EmaConfig
 from ssdd.engine.precision import PRECISIONS
 from ssdd.images.sources import DatasetConfig
 from ssdd.losses.repa import DINOV2_BASE
@@ -72,15 +74,11 @@ class RepaConfig:
 
 
 @dataclass
-class EmaConfig:
-    """Exponential moving average of the weights, which sampling uses."""
+class AuxiliaryConfig:
+    """Networks of the losses."""
 
-    decays: list[float] = field(default_factory=lambda: [0.9999])
-    """Decays per step, each ramping up as (1 + k) / (10 + k) over the first updates. The first average is model_ema,
-    which checkpoint references select; a further one is named by its decay, as model_ema_0.999, and selected with
-    sampling.ema=0.999."""
-    start_iter: int = 0
-    """Step at which averaging starts, at most a tenth of the planned steps; before it the average is a copy."""
+    repa: RepaConfig = field(default_factory=RepaConfig)
+    """REPA, where losses.repa is not 0."""
 
 
 @dataclass
@@ -91,7 +89,7 @@ class TrainingConfig:
     """Optimiser steps."""
     batch_size: int = 256
     """Latents per step, over all processes and accumulated parts."""
-    accumulate: int = 1
+    grad_accumulate: int = 1
     """Parts that a step's batch is split into, to save memory."""
     lr: float = 1e-4
     """Learning rate of AdamW after warm-up."""
@@ -99,8 +97,8 @@ class TrainingConfig:
     """Steps over which the learning rate rises linearly."""
     lr_schedule: str = field(default="constant", metadata={"choices": ("constant", "cosine")})
     """Learning rate after the warm-up; cosine falls to zero at the last step."""
-    beta2: float = 0.999
-    """AdamW's second beta; the first is 0.9."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Moment decays of AdamW."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay of matrices and convolutions; biases, norms and embeddings are not decayed."""
     grad_clip: float = 1.0
@@ -115,7 +113,7 @@ class TrainingConfig:
     t_std: float = 1.0
     """Deviation of logit(t), for logit_normal."""
     ema: EmaConfig = field(default_factory=EmaConfig)
-    """Averaged weights."""
+    """Averaged weights, which sampling uses; sampling.ema selects a further one."""
     save_every: int = 5_000
     """Steps between checkpoints; `last` is also written at the end."""
     tokenizer: str | None = None
@@ -252,6 +250,13 @@ class EvaluationConfig:
 class DiTConfig:
     """Class-conditional generator on a latent cache: train, sample, evaluate."""
 
+    ALIASES: ClassVar[dict[str, str]] = {
+        "training.accumulate": "training.grad_accumulate",
+        "training.beta2": "training.betas[1]",
+        **{f"repa.{key}": f"aux_losses.repa.{key}" for key in ("model", "i_extract", "n_layers", "hidden")},
+    }
+    """Earlier names of keys -> keys as both programs call them; both stay valid."""
+
     task: str = field(default="train", metadata={"choices": ("train", "sample", "evaluate")})
     """What to do."""
     run_name: str = "dit"
@@ -274,8 +279,8 @@ class DiTConfig:
     """Training."""
     losses: LossesConfig = field(default_factory=LossesConfig)
     """Loss weights."""
-    repa: RepaConfig = field(default_factory=RepaConfig)
-    """REPA, where losses.repa is not 0."""
+    aux_losses: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
+    """Networks of the losses."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling."""
     out: str | None = None

@@ -4,28 +4,48 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from textwrap import indent
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from latent_cache.config import BuildConfig, ExportConfig, ImportConfig, InfoConfig, StatsConfig, VerifyConfig
+from latent_cache.config import BuildConfig, InfoConfig, StatsConfig, VerifyConfig
+from latent_cache.peers.export import ExportConfig
+from latent_cache.peers.formats import export_help, import_help
+from latent_cache.peers.importing import ImportConfig
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
 from ssdd.engine.program import run_program
 from ssdd.engine.schema_help import help_text
+from ssdd.engine.tables import listed
 
-COMMANDS = {
-    "build": (BuildConfig, "Encode images once and store their normalised latents in WebDataset shards."),
-    "info": (InfoConfig, "Print what a cache holds."),
-    "verify": (VerifyConfig, "Check that a cache is complete and intact; the exit status is 1 if not."),
-    "stats": (
-        StatsConfig,
-        "Diagnose the latents: channels, tails, spectrum, information, and remedies.",
-    ),
-    "export": (ExportConfig, "Write a cache in the layout of fast-DiT, LightningDiT, REPA or MAR."),
-    "import": (ImportConfig, "Make a cache from one of fast-DiT, LightningDiT or REPA."),
-}
 PROGRAM = "python -m latent_cache"
+
+
+class Command(NamedTuple):
+    schema: type
+    run: Callable[[Any], int]  # from the config to the exit status
+    description: str
+
+
+def commands() -> dict[str, Command]:
+    """The commands by name; those that exchange caches describe the formats that there are at the moment."""
+    return {
+        "build": Command(
+            BuildConfig, _build, "Encode images once and store their normalised latents in WebDataset shards."
+        ),
+        "info": Command(InfoConfig, _info, "Print what a cache holds."),
+        "verify": Command(
+            VerifyConfig, _verify, "Check that a cache is complete and intact; the exit status is 1 if not."
+        ),
+        "stats": Command(
+            StatsConfig, _stats, "Diagnose the latents: channels, tails, spectrum, information, and remedies."
+        ),
+        "export": Command(ExportConfig, _export, export_help()),
+        "import": Command(ImportConfig, _import, import_help()),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,22 +55,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    known = commands()
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {PROGRAM} COMMAND key=value ...\n")
-        print("\n".join(f"  {name:<8}{description}" for name, (_, description) in COMMANDS.items()))
+        listing = listed({name: _first_sentence(command.description) for name, command in known.items()})
+        print(indent(listing, "  "))
         print(f"\n`{PROGRAM} COMMAND --help` lists the keys of a command.")
         return 0 if argv else 2
-    command, *arguments = argv
-    if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r}: expected one of {', '.join(COMMANDS)}; --help explains them")
-    schema, description = COMMANDS[command]
+    name, *arguments = argv
+    if name not in known:
+        raise UserError(f"unknown command {name!r}: expected one of {', '.join(known)}; --help explains them")
+    schema, run, description = known[name]
     if {"-h", "--help"} & set(arguments):
-        print(help_text(schema, f"{PROGRAM} {command}", description))
+        print(help_text(schema, f"{PROGRAM} {name}", description))
         return 0
-    program = "latent_cache" if command == "build" else f"latent_cache_{command}"
-    cfg = parse(schema, arguments, program=program, description=description)
-    run = {"build": _build, "info": _info, "verify": _verify, "stats": _stats, "export": _export, "import": _import}
-    return run[command](cfg)
+    return run(parse(schema, arguments, program=f"{PROGRAM} {name}", description=description))
+
+
+def _first_sentence(text: str) -> str:
+    return f"{text.partition('. ')[0].removesuffix('.')}."
 
 
 def _build(cfg: BuildConfig) -> int:
@@ -138,7 +161,7 @@ def _info(cfg: InfoConfig) -> int:
     }
     counts = np.bincount(train.labels, minlength=train.num_classes)
     lines["classes"] = f"{train.num_classes}, {counts.min()} to {counts.max()} training samples each"
-    print("\n".join(f"{name:<14} {value}" for name, value in lines.items()))
+    print(listed(lines))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The settings of the commands."""
+"""The settings of the commands; those of `export` and `import` stand with the formats, in `peers`."""
 
 from __future__ import annotations
 
@@ -73,51 +73,3 @@ class StatsConfig:
     """Samples to look at, spread evenly over the split; null: all of them."""
     out: str | None = None
     """JSON file for the figures, besides the printed table."""
-
-
-@dataclass
-class ExportConfig:
-    cache: str
-    """Folder of the cache."""
-    format: str = field(metadata={"choices": ("fast-dit", "lightningdit", "repa", "mar")})
-    """Whose layout: fast-dit: normalised samples; lightningdit: raw samples, both views; repa: raw mean and deviation;
-    mar: raw mean and log variance, both views."""
-    out: str
-    """Folder to create; it is written as OUT.partial and renamed, so that it is complete or absent."""
-    split: str = "train"
-    """Split to export."""
-    flips: str = field(default="stored", metadata={"choices": ("stored", "repeat")})
-    """Mirrored views for lightningdit and mar. repeat: store the plain view in their place, which trains without
-    mirroring."""
-    scaling_factor: float | None = None
-    """repa, mar: export normalised latents divided by this instead of raw ones, for code that multiplies by this
-    literal (REPA 0.18215, MAR 0.2325) and so gets unit variance."""
-    seed: int = 0
-    """Seed of the posterior samples that fast-dit and lightningdit store for a cache with content=moments."""
-    dry_run: bool = False
-    """Print count and bytes, and write nothing."""
-
-
-@dataclass
-class ImportConfig:
-    format: str = field(metadata={"choices": ("fast-dit", "lightningdit", "repa")})
-    """Whose layout `source` has."""
-    source: str
-    """Folder to read. Folders written by `export` record their origin and statistics in export.json; others do not."""
-    out: str
-    """Folder of the cache to make; an interrupted import of the same source in it is continued."""
-    tokenizer: str | None = None
-    """Checkpoint reference of the tokenizer that encoded these latents. It cannot be verified: latents do not
-    record their encoder. Without it, and without fingerprint, the cache can be trained on but not decoded."""
-    fingerprint: str | None = None
-    """The same, by the fingerprint of the encoder's weights, as recorded in any z_stats.json of that encoder."""
-    ckpt_dir: str = "runs"
-    """Where run names are looked up."""
-    classes: int | None = None
-    """Number of classes; default: as recorded in export.json, else the largest label + 1."""
-    scaling_factor: float | None = None
-    """The stored values are raw latents times this; default: 0.18215 for fast-dit, else 1."""
-    samples_per_shard: int = 10_000
-    """Latents per shard."""
-    overwrite: bool = False
-    """Delete the cache, or unfinished import, with other settings that `out` holds."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from ssdd.engine.ema import EmaConfig
 from ssdd.engine.precision import PRECISIONS
 from ssdd.fidelity.features import LITE0
 from ssdd.fidelity.pixel_metrics import PIXEL_METRICS
@@ -38,34 +40,6 @@ class SamplerConfig:
 
 
 @dataclass
-class TimeConfig:
-    """Training times t = sigmoid(N(t_mean, t_std^2))."""
-
-    t_mean: float = 0.0
-    """Mean of logit(t); above 0 leans to the noise."""
-    t_std: float = 1.0
-    """Deviation of logit(t)."""
-
-
-@dataclass
-class TrainerConfig:
-    """Flow matching."""
-
-    t_sampler_args: TimeConfig = field(default_factory=TimeConfig)
-    """Distribution of training times."""
-
-
-@dataclass
-class EmaConfig:
-    """Moving average of the weights, which evaluation and export use."""
-
-    decay: float = 0.999
-    """Decay per step; it ramps up as (1 + k) / (10 + k) over the first updates."""
-    start_iter: int = 50_000
-    """Step at which averaging starts, at most a tenth of the planned steps; before it the average is a copy."""
-
-
-@dataclass
 class TokenizerConfig:
     """The tokenizer."""
 
@@ -83,14 +57,8 @@ class TokenizerConfig:
     """Train the encoder together with the decoder; otherwise it is frozen."""
     posterior_std: float = 1.0
     """Deviation of the posterior that an encoder trained from scratch starts with; small values learn faster."""
-    compile: bool = True
-    """torch.compile the networks that train, and the teacher; evaluation runs as it is."""
     fm_sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Sampling."""
-    fm_trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """Flow matching."""
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    """Averaged weights."""
 
 
 @dataclass
@@ -217,11 +185,19 @@ class TrainingConfig:
     """Parts that a step's batch is split into, to save memory."""
     grad_clip: float = 0.1
     """Largest norm of all gradients of a step together, with those of loss heads; 0 disables clipping."""
+    t_mean: float = 0.0
+    """Mean of logit(t) of the training times; above 0 leans to the noise."""
+    t_std: float = 1.0
+    """Deviation of logit(t); t = sigmoid(N(t_mean, t_std^2))."""
+    ema: EmaConfig = field(default_factory=lambda: EmaConfig(decays=[0.999], start_iter=50_000))
+    """Averaged weights, which evaluation and export use."""
+    compile: bool = True
+    """torch.compile the networks that train, and the teacher; evaluation runs as it is."""
     grad_checkpoint: bool = False
     """Recompute the activations of the blocks in the backward pass: less memory, about a third more work."""
     fsdp: bool = False
     """Shard parameters, averages and optimizer state over the processes (FSDP) instead of keeping all in each (DDP);
-    needs ssdd.compile=false."""
+    needs training.compile=false."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
     """Autocast; auto takes the value of SSDD_PRECISION, else bf16 where the device supports it natively, else no;
     for task=eval auto is no unless SSDD_PRECISION is set."""
@@ -272,6 +248,15 @@ class EvaluationConfig:
 @dataclass
 class SSDDConfig:
     """Train, distil, evaluate an image tokenizer with a diffusion decoder."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        "ssdd.compile": "training.compile",
+        "ssdd.ema.decay": "training.ema.decays[0]",
+        "ssdd.ema.start_iter": "training.ema.start_iter",
+        "ssdd.fm_trainer.t_sampler_args.t_mean": "training.t_mean",
+        "ssdd.fm_trainer.t_sampler_args.t_std": "training.t_std",
+    }
+    """Names of the published code -> keys as both programs call them; both stay valid."""
 
     task: str = field(default="train", metadata={"choices": ("train", "eval", "z_stats", "classifier")})
     """What to do; classifier trains the small network whose features compare image sets (classifier:FILE)."""

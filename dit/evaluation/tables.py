@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ssdd.engine.tables import aligned, fixed
 from ssdd.fidelity.set_metrics import SET_METRICS, distance_name
 
 
@@ -27,69 +28,51 @@ def _quality(result: dict[str, Any], network: str) -> str:
     titles = [metric.title(network, "g") + " [95 %]" * (f"{key}_low" in SET_METRICS) for key, metric in metrics.items()]
     costs = {"images_per_s": ("decode/s", 1), "sampling_images_per_s": ("total/s", 1)}
     costs |= {"decoder_share": ("decoder's share", 3)}
-    header = [
-        "decoder",
-        *titles,
-        f"{distance_name(network)} floor",
-        "copies (reals)",
-        *(label for label, _ in costs.values()),
-    ]
+    labels = [label for label, _ in costs.values()]
+    header = ["decoder", *titles, f"{distance_name(network)} floor", "copies (reals)", *labels]
     floor = result["floor"].get(network, {})
     rows = []
     for row in result["rows"]:
         d = row["distances"][network]
-        copies = f"{_number(d.get('copy_rate'), 3)} ({_number(d.get('copy_rate_held_out'), 3)})"
+        copies = f"{fixed(d.get('copy_rate'), 3)} ({fixed(d.get('copy_rate_held_out'), 3)})"
         figures = [_figure(d, key, metric.decimals) for key, metric in metrics.items()]
-        speeds = [_number(row.get(key), digits) for key, (_, digits) in costs.items()]
-        rows.append([row["name"], *figures, _number(floor.get("frechet"), 3), copies, *speeds])
+        speeds = [fixed(row.get(key), digits) for key, (_, digits) in costs.items()]
+        rows.append([row["name"], *figures, fixed(floor.get("frechet"), 3), copies, *speeds])
     reference = result["reference"]
     caption = (
         f"{result['count']} samples ({result['labels']}), features {network.split(':')[0]} (weights "
         f"{result['features'][network][:8]}), reference {reference['source']}, crop {reference['crop']}"
     )
-    return _aligned(caption, header, rows)
+    return f"{caption}\n{aligned(header, rows)}"
 
 
 def _gap(gaps: dict[str, dict[str, float]], network: str) -> str:
     letters = distance_name(network)
     header = ["decoder", f"g{letters}", f"r{letters}", "gap", f"r{letters} to reference", "gap", "KID gap"]
     keys = ("gfid", "rfid", "gap", "rfid_to_reference", "gap_to_reference")
-    rows = [
-        [name, *(_number(gap[key], 3) for key in keys), _number(gap.get("kid_gap"), 4)] for name, gap in gaps.items()
-    ]
-    return _aligned(f"generation gap: g{letters} minus r{letters} of held-out images", header, rows)
+    rows = [[name, *(fixed(gap[key], 3) for key in keys), fixed(gap.get("kid_gap"), 4)] for name, gap in gaps.items()]
+    return f"generation gap: g{letters} minus r{letters} of held-out images\n{aligned(header, rows)}"
 
 
 def _noise(decoders: dict[str, list[dict[str, float]]], network: str) -> str:
     header = ["decoder", *(f"{line['noise']:g} std" for line in next(iter(decoders.values())))]
-    rows = [[name, *(_number(line["frechet_to_originals"], 3) for line in lines)] for name, lines in decoders.items()]
-    return _aligned(f"r{distance_name(network)} with noise on the latents", header, rows)
+    rows = [[name, *(fixed(line["frechet_to_originals"], 3) for line in lines)] for name, lines in decoders.items()]
+    return f"r{distance_name(network)} with noise on the latents\n{aligned(header, rows)}"
 
 
 def _sweep(lines: list[dict[str, Any]], network: str) -> str:
     header = ["guidance", "steps", *lines[0]["distances"]]
     rows = [
         [f"{line['cfg_scale']:g}", str(line["steps"])]
-        + [_number(scores[network]["frechet"], 3) for scores in line["distances"].values()]
+        + [fixed(scores[network]["frechet"], 3) for scores in line["distances"].values()]
         for line in lines
     ]
-    return _aligned(f"g{distance_name(network)} of {lines[0]['n']} samples per setting", header, rows)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return f"g{distance_name(network)} of {lines[0]['n']} samples per setting\n{aligned(header, rows)}"
 
 
 def _figure(scores: dict[str, float], key: str, digits: int) -> str:
     """A figure, with its interval where it has one."""
     if f"{key}_low" not in scores:
-        return _number(scores.get(key), digits)
-    low, high = (_number(scores[f"{key}_{end}"], digits) for end in ("low", "high"))
-    return f"{_number(scores[key], digits)} [{low}, {high}]"
-
-
-def _aligned(caption: str, header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    aligned = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([caption, *aligned])
+        return fixed(scores.get(key), digits)
+    low, high = (fixed(scores[f"{key}_{end}"], digits) for end in ("low", "high"))
+    return f"{fixed(scores[key], digits)} [{low}, {high}]"

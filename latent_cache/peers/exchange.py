@@ -1,4 +1,4 @@
-"""The data exchanged with a foreign cache: a block of posteriors going out, an opened source coming in."""
+"""What a layout of another repository is, and what is exchanged with it: blocks of latents out, an opened folder in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,28 +15,36 @@ from torch import Tensor
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.random import indexed_noise
-from ssdd.model.latent import DiagonalGaussian
+from ssdd.model.latent import DiagonalGaussian, LatentNorm
 
 LOGVAR_FLOOR = -30.0  # of a posterior without deviation, as DiagonalGaussian clamps
 
 
+class Samples(NamedTuple):
+    """Block `number` of an export: samples `indices` with labels int64 [n], and the names of all classes."""
+
+    number: int
+    indices: range
+    labels: np.ndarray
+    class_names: list[str]
+
+
 @dataclass
 class Block:
-    """Samples `indices` (int64 [n]) with labels [n], in the values that the format needs.
+    """The latents of `samples`, in the values that the format stores.
 
     means: float32 [n, view, C, h, w]; logvars the same, or None where the cache has means only.
     """
 
-    indices: np.ndarray
-    labels: np.ndarray
+    samples: Samples
     means: Tensor
     logvars: Tensor | None
 
-    def samples(self, view: int, seed: int) -> Tensor:
+    def drawn(self, view: int, seed: int) -> Tensor:
         """One draw from every posterior, that of (seed, view, index): float32 [n, C, h, w]; else the means."""
         if self.logvars is None:
             return self.means[:, view]
-        noise = indexed_noise(self.indices, self.means.shape[2:], seed, f"export view {view}")
+        noise = indexed_noise(np.array(self.samples.indices), self.means.shape[2:], seed, f"export view {view}")
         return DiagonalGaussian(self.moments(view)).sample(noise=noise)
 
     def moments(self, view: int) -> Tensor:
@@ -71,6 +80,40 @@ class PeerLatents:
         return len(self.labels)
 
 
+@dataclass(frozen=True)
+class PeerFormat:
+    """How another repository stores latents. Samples are written in blocks of `block`, each to files of its own.
+
+    project: the repository. holds: what is stored of a latent, for the help text.
+    names(samples): files of a block, below the folder. size((C, h, w), n): bytes of n latents, nearly.
+    write(paths, block, seed): the files of a block, whose paths those of `names` are.
+    finish(folder, labels int64 [count], class_names, norm): what accompanies the latents of a whole split; `norm` is
+    that of its cache.
+    open(folder): the reader of `import`; None where there is none.
+    normalised: the values are what a generator sees, and not raw. both_views: mirrored latents are stored too.
+    posteriors: means with deviations or log variances are stored, and not samples. scaling_factor: stored values of a
+    foreign folder are raw latents times this, unless the user says otherwise.
+    """
+
+    project: str
+    holds: str
+    block: int
+    names: Callable[[Samples], list[str]]
+    size: Callable[[tuple[int, int, int], int], int]
+    write: Callable[[list[Path], Block, int], None]
+    finish: Callable[[Path, np.ndarray, list[str], LatentNorm], None] | None = None
+    open: Callable[[Path], PeerLatents] | None = None
+    normalised: bool = False
+    both_views: bool = False
+    posteriors: bool = False
+    scaling_factor: float = 1.0
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of `export` that only some formats use, and this one does."""
+        return (["flips"] if self.both_views else []) + (["scaling_factor"] if self.posteriors else ["seed"])
+
+
 def read_npy(path: Path) -> np.ndarray:
     """A .npy file as an array of numbers. UserError for one that is missing, damaged or holds objects."""
     check_regular(path)
@@ -92,6 +135,7 @@ def checked_rows(path: Path, rows: np.ndarray, shape: tuple[int, ...]) -> np.nda
 
 def put_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file that is whole or absent; not synced, which an export does once for all its files."""
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         np.save(file, np.ascontiguousarray(array), allow_pickle=False)

@@ -9,17 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from latent_cache.config import ExportConfig
-from latent_cache.peers import fast_dit, lightningdit, mar, repa
-from latent_cache.peers.exchange import Block
+from latent_cache.peers.exchange import Block, Samples
+from latent_cache.peers.formats import FORMATS
 from latent_cache.read.dataset import LatentDataset
-from latent_cache.read.stored_rows import Rows, stored_rows
+from latent_cache.read.stored_rows import stored_rows
 from latent_cache.write.folder import FolderLock, clear_disk_errors
 from latent_cache.write.normalise import denormalised
 from ssdd.engine.errors import UserError
@@ -29,10 +29,30 @@ from ssdd.model.latent import LatentNorm
 ORIGIN = "export.json"
 ORIGIN_FORMAT = "ssdd-latent-export"
 VERSION = 1
-FORMATS = {"fast-dit": fast_dit, "lightningdit": lightningdit, "repa": repa, "mar": mar}
-WITH_FLIPS = ("lightningdit", "mar")
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class ExportConfig:
+    cache: str
+    """Folder of the cache."""
+    format: str = field(metadata={"choices": FORMATS})
+    """Whose layout."""
+    out: str
+    """Folder to create; it is written as OUT.partial and renamed, so that it is complete or absent."""
+    split: str = "train"
+    """Split to export."""
+    flips: str = field(default="stored", metadata={"choices": ("stored", "repeat")})
+    """Mirrored views. repeat: where the cache has none, store the plain view in their place, which trains without
+    mirroring."""
+    scaling_factor: float | None = None
+    """Export normalised latents divided by this instead of raw ones, for code that multiplies by this literal
+    (REPA 0.18215, MAR 0.2325) and so gets unit variance."""
+    seed: int = 0
+    """Seed of the posterior samples that are stored for a cache with content=moments."""
+    dry_run: bool = False
+    """Print count and bytes, and write nothing."""
 
 
 def export(cfg: ExportConfig) -> str:
@@ -43,12 +63,12 @@ def export(cfg: ExportConfig) -> str:
     cache = LatentDataset(cfg.cache, cfg.split)
     peer = FORMATS[cfg.format]
     values = values_norm(cfg, cache)
-    if cfg.format in WITH_FLIPS and not cache.has_flips and cfg.flips == "stored":
+    if peer.both_views and not cache.has_flips and cfg.flips == "stored":
         raise UserError(
             f"format={cfg.format} holds mirrored latents, the cache {cfg.cache} does not: build it with "
             "views.flip=true, or pass flips=repeat to train without mirrors"
         )
-    if cfg.format in ("repa", "mar") and not cache.has_moments:
+    if peer.posteriors and not cache.has_moments:
         log.warning("the cache holds posterior means only: deviations are written as 0 (content=moments has them)")
     needed = peer.size(cache.latent_shape, len(cache))
     told = f"{len(cache)} latents of {cfg.split} as {cfg.format}, {needed} bytes"
@@ -74,9 +94,10 @@ def values_norm(cfg: ExportConfig, cache: LatentDataset) -> LatentNorm:
     """What would normalise the values that are written."""
     channels = cache.latent_shape[0]
     if cfg.scaling_factor is None:
-        return LatentNorm.identity(channels) if cfg.format == "fast-dit" else cache.norm
-    if cfg.format not in ("repa", "mar") or not cfg.scaling_factor > 0:
-        raise UserError(f"scaling_factor={cfg.scaling_factor}: a positive number, for format=repa and format=mar only")
+        return LatentNorm.identity(channels) if FORMATS[cfg.format].normalised else cache.norm
+    if not FORMATS[cfg.format].posteriors or not cfg.scaling_factor > 0:
+        takers = " and ".join(f"format={name}" for name, peer in FORMATS.items() if peer.posteriors)
+        raise UserError(f"scaling_factor={cfg.scaling_factor}: a positive number, for {takers} only")
     return LatentNorm.of([0.0] * channels, [1 / cfg.scaling_factor] * channels)
 
 
@@ -90,7 +111,7 @@ def origin_of(cfg: ExportConfig, cache: LatentDataset, values: LatentNorm) -> di
         "cache": manifest["sha256"],
         "split": cfg.split,
         "count": len(cache),
-        "flips": cfg.flips if cfg.format in WITH_FLIPS else None,
+        "flips": cfg.flips if FORMATS[cfg.format].both_views else None,
         "seed": cfg.seed,
         "values": {"mean": values.mean.tolist(), "std": values.std.tolist()},
         "z_stats": cache.norm.to_dict(),
@@ -123,21 +144,22 @@ def _open(partial: Path, origin: dict, needed: int) -> None:
 
 
 def _write(cfg: ExportConfig, cache: LatentDataset, values: LatentNorm, folder: Path) -> None:
-    peer, labels, names = FORMATS[cfg.format], cache.labels, cache.class_names
-    peer.prepare(folder, names)
+    peer, labels = FORMATS[cfg.format], cache.labels
     with tqdm(total=len(cache), desc="export", unit="latent", mininterval=1.0) as bar:
-        for start in range(0, len(cache), peer.BLOCK):
-            samples = range(start, min(start + peer.BLOCK, len(cache)))
-            if not all((folder / name).is_file() for name in peer.names(samples, labels[start : samples.stop], names)):
-                rows = list(stored_rows(cache, np.arange(samples.start, samples.stop), peer.BLOCK))
-                peer.write(folder, _block(rows, values, cache.has_moments), names, cfg.seed)
-            bar.update(len(samples))
-    peer.finish(folder, labels, cache.norm.mean.numpy(), cache.norm.std.numpy())
+        for number, start in enumerate(range(0, len(cache), peer.block)):
+            indices = range(start, min(start + peer.block, len(cache)))
+            samples = Samples(number, indices, labels[start : indices.stop], cache.class_names)
+            paths = [folder / name for name in peer.names(samples)]
+            if not all(path.is_file() for path in paths):
+                peer.write(paths, _block(cache, samples, values), cfg.seed)
+            bar.update(len(indices))
+    if peer.finish is not None:
+        peer.finish(folder, labels, cache.class_names, cache.norm)
 
 
-def _block(parts: list[Rows], values: LatentNorm, has_moments: bool) -> Block:
-    """Stored rows in the values of the format."""
+def _block(cache: LatentDataset, samples: Samples, values: LatentNorm) -> Block:
+    """The latents of `samples` in the values that `values` would normalise."""
+    parts = stored_rows(cache, np.array(samples.indices), chunk=len(samples.indices))
     rows = torch.from_numpy(denormalised(np.concatenate([part.values for part in parts]), values))
-    means, logvars = rows.chunk(2, dim=2) if has_moments else (rows, None)
-    indices, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("indices", "labels"))
-    return Block(indices, labels, means, logvars)
+    means, logvars = rows.chunk(2, dim=2) if cache.has_moments else (rows, None)
+    return Block(samples, means, logvars)

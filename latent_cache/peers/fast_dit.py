@@ -12,22 +12,23 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_cache.peers.exchange import Block, PeerLatents, checked_rows, npy_bytes, put_array, read_npy
+from latent_cache.peers.exchange import (
+    Block,
+    PeerFormat,
+    PeerLatents,
+    Samples,
+    checked_rows,
+    npy_bytes,
+    put_array,
+    read_npy,
+)
 from ssdd.engine.errors import UserError
 
 FEATURES, LABELS = "imagenet256_features", "imagenet256_labels"
-SCALING_FACTOR = 0.18215
-BLOCK = 256
 
 
-def prepare(folder: Path, class_names: list[str]) -> None:
-    for name in (FEATURES, LABELS):
-        (folder / name).mkdir(exist_ok=True)
-
-
-def names(block: range, labels: np.ndarray, class_names: list[str]) -> list[str]:
-    """Files of the samples `block`."""
-    return [f"{name}/{index}.npy" for index in block for name in (FEATURES, LABELS)]
+def names(samples: Samples) -> list[str]:
+    return [f"{name}/{index}.npy" for index in samples.indices for name in (FEATURES, LABELS)]
 
 
 def size(shape: tuple[int, int, int], count: int) -> int:
@@ -35,19 +36,15 @@ def size(shape: tuple[int, int, int], count: int) -> int:
     return count * (npy_bytes(*shape) + npy_bytes(1, itemsize=8))
 
 
-def write(folder: Path, block: Block, class_names: list[str], seed: int) -> None:
-    samples = block.samples(0, seed).numpy()
-    for row, index in enumerate(block.indices):
-        put_array(folder / LABELS / f"{index}.npy", block.labels[row : row + 1].astype(np.int64))
-        put_array(folder / FEATURES / f"{index}.npy", samples[row : row + 1])
+def write(paths: list[Path], block: Block, seed: int) -> None:
+    latents = block.drawn(0, seed).numpy()
+    for row, (feature, label) in enumerate(zip(paths[::2], paths[1::2], strict=True)):
+        put_array(label, block.samples.labels[row : row + 1].astype(np.int64))
+        put_array(feature, latents[row : row + 1])
 
 
-def finish(folder: Path, labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    """Nothing but the files of the samples."""
-
-
-def open_peer(folder: Path, divide: float) -> PeerLatents:
-    """Values are divided by `divide`; numbers need not be without gaps, since one process of several may drop some."""
+def open_folder(folder: Path) -> PeerLatents:
+    """Numbers may have gaps, since one process of several may drop some."""
     found = sorted(int(path.stem) for path in (folder / FEATURES).glob("*.npy") if path.stem.isdecimal())
     if not found:
         raise UserError(f"{folder} is not a cache of fast-DiT: no files {FEATURES}/NUMBER.npy")
@@ -64,8 +61,20 @@ def open_peer(folder: Path, divide: float) -> PeerLatents:
         raise UserError(f"{files[0]} has shape {shape}: expected one latent (1, C, h, w)")
 
     def read(asked: range) -> np.ndarray:
-        rows = [checked_rows(files[i], read_npy(files[i]), shape) for i in asked]
-        return (np.stack(rows).astype(np.float64) / divide).astype(np.float32)
+        return np.stack([checked_rows(files[i], read_npy(files[i]), shape) for i in asked])
 
     names = [f"{name}/{number}.npy" for number in found for name in (FEATURES, LABELS)]
     return PeerLatents(folder, names, shape[1:], "mean", False, np.array(labels, np.int64), read)
+
+
+FORMAT = PeerFormat(
+    project="fast-DiT",
+    holds="normalised samples",
+    block=256,
+    names=names,
+    size=size,
+    write=write,
+    open=open_folder,
+    normalised=True,
+    scaling_factor=0.18215,
+)

@@ -9,18 +9,17 @@ float16 forgets but for values next to 0.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from latent_cache.config import ImportConfig
 from latent_cache.manifest import FORMAT, load_manifest
 from latent_cache.manifest import VERSION as CACHE_VERSION
-from latent_cache.peers import fast_dit, lightningdit, repa
 from latent_cache.peers.exchange import PeerLatents
 from latent_cache.peers.export import ORIGIN, ORIGIN_FORMAT, VERSION
+from latent_cache.peers.formats import FORMATS, readable
 from latent_cache.write.encode import RawShard
 from latent_cache.write.folder import CacheFolder, FolderLock, clear_disk_errors
 from latent_cache.write.normalise import normalise_shards, progress, statistics_of
@@ -33,7 +32,31 @@ from ssdd.model.latent import UNKNOWN_ENCODER, LatentNorm
 from ssdd.model.tokenizer import SSDD
 
 CHUNK = 512
-FORMATS = {"fast-dit": fast_dit, "lightningdit": lightningdit, "repa": repa}
+
+
+@dataclass
+class ImportConfig:
+    format: str = field(metadata={"choices": readable})
+    """Whose layout `source` has."""
+    source: str
+    """Folder to read. Folders written by `export` record their origin and statistics in export.json; others do not."""
+    out: str
+    """Folder of the cache to make; an interrupted import of the same source in it is continued."""
+    tokenizer: str | None = None
+    """Checkpoint reference of the tokenizer that encoded these latents. It cannot be verified: latents do not
+    record their encoder. Without it, and without fingerprint, the cache can be trained on but not decoded."""
+    fingerprint: str | None = None
+    """The same, by the fingerprint of the encoder's weights, as recorded in any z_stats.json of that encoder."""
+    ckpt_dir: str = "runs"
+    """Where run names are looked up."""
+    classes: int | None = None
+    """Number of classes; default: as recorded in export.json, else the largest label + 1."""
+    scaling_factor: float | None = None
+    """The stored values are raw latents times this; default: that of the format."""
+    samples_per_shard: int = 10_000
+    """Latents per shard."""
+    overwrite: bool = False
+    """Delete the cache, or unfinished import, with other settings that `out` holds."""
 
 
 @dataclass
@@ -67,11 +90,11 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
             raise UserError(f"{source / ORIGIN} is not that of an export with format={cfg.format} that this code reads")
         if cfg.scaling_factor is not None:
             raise UserError(f"scaling_factor={cfg.scaling_factor}: leave it out, {source / ORIGIN} records the scale")
-    default = fast_dit.SCALING_FACTOR if cfg.format == "fast-dit" and told is None else 1.0
-    divide = default if cfg.scaling_factor is None else cfg.scaling_factor
-    if not divide > 0:
-        raise UserError(f"scaling_factor={divide}: expected a positive number")
-    peer = FORMATS[cfg.format].open_peer(source, divide)
+    layout = FORMATS[cfg.format]
+    factor = cfg.scaling_factor if cfg.scaling_factor is not None else layout.scaling_factor
+    if not factor > 0:
+        raise UserError(f"scaling_factor={factor}: expected a positive number")
+    peer = layout.open(source)
     if not peer.count:
         raise UserError(f"{source} holds no latents: its files are empty")
     if told is not None and told["count"] != peer.count:
@@ -86,6 +109,7 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
     channels, height, width = peer.shape[0] // (2 if peer.content == "moments" else 1), *peer.shape[1:]
     named = _named_tokenizer(cfg, channels)
     if told is None:
+        peer = _unscaled(peer, channels, factor)
         stride = named.pop("stride", None)
         dataset = {
             "source": cfg.format,
@@ -100,6 +124,18 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
     stats |= {name: torch.tensor(stats[name]) for name in ("mean", "std")}
     values = LatentNorm.of(told["values"]["mean"], told["values"]["std"])
     return peer, Origin(tokenizer, told["dataset"], classes, values, LatentNorm(**stats))
+
+
+def _unscaled(peer: PeerLatents, channels: int, factor: float) -> PeerLatents:
+    """`peer` with raw latents in place of raw latents times `factor`."""
+
+    def read(asked: range) -> np.ndarray:
+        rows = peer.read(asked).astype(np.float64)
+        rows[:, :, :channels] /= factor
+        rows[:, :, channels:] -= 2 * np.log(factor)  # of content=moments: log variances
+        return rows.astype(np.float32)
+
+    return peer if factor == 1 else replace(peer, read=read)
 
 
 def _named_tokenizer(cfg: ImportConfig, channels: int) -> dict:

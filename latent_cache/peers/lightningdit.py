@@ -15,22 +15,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from latent_cache.peers.exchange import Block, PeerLatents, checked_rows
+from latent_cache.peers.exchange import Block, PeerFormat, PeerLatents, Samples, checked_rows
 from ssdd.engine.checkpoint import save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.pretrained import read_torch_file
+from ssdd.model.latent import LatentNorm
 
 STATS = "latents_stats.pt"
-BLOCK = 10_000
 
 
-def prepare(folder: Path, class_names: list[str]) -> None:
-    """No folders."""
-
-
-def names(block: range, labels: np.ndarray, class_names: list[str]) -> list[str]:
-    return [f"latents_rank00_shard{block.start // BLOCK:03d}.safetensors"]
+def names(samples: Samples) -> list[str]:
+    return [f"latents_rank00_shard{samples.number:03d}.safetensors"]
 
 
 def size(shape: tuple[int, int, int], count: int) -> int:
@@ -38,25 +34,25 @@ def size(shape: tuple[int, int, int], count: int) -> int:
     return count * (2 * int(np.prod(shape)) * 4 + 8)
 
 
-def write(folder: Path, block: Block, class_names: list[str], seed: int) -> None:
-    views = block.means.shape[1]
+def write(paths: list[Path], block: Block, seed: int) -> None:
+    labels, views = block.samples.labels, block.means.shape[1]
     tensors = {
-        "latents": block.samples(0, seed),
-        "latents_flip": block.samples(views - 1, seed),
-        "labels": torch.from_numpy(block.labels),
+        "latents": block.drawn(0, seed),
+        "latents_flip": block.drawn(views - 1, seed),
+        "labels": torch.from_numpy(labels),
     }
-    (name,) = names(range(int(block.indices[0]), int(block.indices[-1]) + 1), block.labels, class_names)
-    metadata = {"total_size": str(len(block.labels)), "dtype": "torch.float32", "device": "cpu"}
-    save_tensors(folder / name, tensors, metadata)
+    metadata = {"total_size": str(len(labels)), "dtype": "torch.float32", "device": "cpu"}
+    (path,) = paths
+    save_tensors(path, tensors, metadata)
 
 
-def finish(folder: Path, labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    """The statistics, as a torch file, which its loader needs; mean, std: float [C]."""
-    statistics = {"mean": torch.from_numpy(mean).float(), "std": torch.from_numpy(std).float()}
+def finish(folder: Path, labels: np.ndarray, class_names: list[str], norm: LatentNorm) -> None:
+    """The statistics, as a torch file, which its loader needs."""
+    statistics = {"mean": norm.mean.float(), "std": norm.std.float()}
     torch.save({key: value.view(1, -1, 1, 1) for key, value in statistics.items()}, folder / STATS)
 
 
-def open_peer(folder: Path, divide: float) -> PeerLatents:
+def open_folder(folder: Path) -> PeerLatents:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} is not a cache of LightningDiT: no file *.safetensors")
@@ -103,6 +99,8 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     check_regular(path)
     try:
         found = read_torch_file(path)
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}")
         return found["mean"].float().flatten().numpy(), found["std"].float().flatten().numpy()
     except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, EOFError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
@@ -118,3 +116,16 @@ def _opened(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as problem:
         raise UserError(f"{path} can't be read as safetensors: {problem}; copy it from an intact one") from None
+
+
+FORMAT = PeerFormat(
+    project="LightningDiT",
+    holds="raw samples of both views",
+    block=10_000,
+    names=names,
+    size=size,
+    write=write,
+    finish=finish,
+    open=open_folder,
+    both_views=True,
+)

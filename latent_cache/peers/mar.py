@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_cache.peers.exchange import Block
-
-BLOCK = 256
+from latent_cache.peers.exchange import Block, PeerFormat, Samples
+from ssdd.model.latent import LatentNorm
 
 
 def class_folders(class_names: list[str]) -> list[str]:
@@ -26,14 +25,9 @@ def class_folders(class_names: list[str]) -> list[str]:
     return [f"{label:04d}" for label in range(len(class_names))]
 
 
-def prepare(folder: Path, class_names: list[str]) -> None:
-    for name in class_folders(class_names):
-        (folder / name).mkdir(exist_ok=True)
-
-
-def names(block: range, labels: np.ndarray, class_names: list[str]) -> list[str]:
-    folders = class_folders(class_names)
-    return [f"{folders[label]}/{index:09d}.npz" for index, label in zip(block, labels, strict=True)]
+def names(samples: Samples) -> list[str]:
+    folders = class_folders(samples.class_names)
+    return [f"{folders[label]}/{i:09d}.npz" for i, label in zip(samples.indices, samples.labels, strict=True)]
 
 
 def size(shape: tuple[int, int, int], count: int) -> int:
@@ -41,21 +35,35 @@ def size(shape: tuple[int, int, int], count: int) -> int:
     return count * len(_npz(*np.zeros((2, 2 * shape[0], *shape[1:]), np.float32)))
 
 
-def write(folder: Path, block: Block, class_names: list[str], seed: int) -> None:
+def write(paths: list[Path], block: Block, seed: int) -> None:
     views = block.means.shape[1]
-    plain, mirrored = block.moments(0).numpy(), block.moments(views - 1).numpy()
-    files = names(block.indices.tolist(), block.labels, class_names)
-    for name, *moments in zip(files, plain, mirrored, strict=True):
-        temporary = (folder / name).with_suffix(".tmp")
+    for path, *moments in zip(paths, block.moments(0).numpy(), block.moments(views - 1).numpy(), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
         temporary.write_bytes(_npz(*moments))
-        os.replace(temporary, folder / name)
+        os.replace(temporary, path)
 
 
-def finish(folder: Path, labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    """Nothing but the files of the samples."""
+def finish(folder: Path, labels: np.ndarray, class_names: list[str], norm: LatentNorm) -> None:
+    """A folder for classes without samples too: its loader numbers the classes by the folders."""
+    for name in class_folders(class_names):
+        (folder / name).mkdir(exist_ok=True)
 
 
 def _npz(moments: np.ndarray, mirrored: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.savez(file, moments=moments, moments_flip=mirrored)
     return file.getvalue()
+
+
+FORMAT = PeerFormat(
+    project="MAR",
+    holds="raw means and log variances of both views",
+    block=256,
+    names=names,
+    size=size,
+    write=write,
+    finish=finish,
+    both_views=True,
+    posteriors=True,
+)

@@ -13,25 +13,31 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from latent_cache.peers.exchange import LOGVAR_FLOOR, Block, PeerLatents, checked_rows, npy_bytes, put_array, read_npy
+from latent_cache.peers.exchange import (
+    LOGVAR_FLOOR,
+    Block,
+    PeerFormat,
+    PeerLatents,
+    Samples,
+    checked_rows,
+    npy_bytes,
+    put_array,
+    read_npy,
+)
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_atomic
+from ssdd.model.latent import LatentNorm
 
 LABELS = "dataset.json"
-BLOCK = 256
 
 
-def name(index: int) -> str:
+def name_of(index: int) -> str:
     """12345 -> "00012/img-mean-std-00012345.npy"."""
     return f"{index // 1000:05d}/img-mean-std-{index:08d}.npy"
 
 
-def prepare(folder: Path, class_names: list[str]) -> None:
-    """Folders are made as they fill."""
-
-
-def names(block: range, labels: np.ndarray, class_names: list[str]) -> list[str]:
-    return [name(index) for index in block]
+def names(samples: Samples) -> list[str]:
+    return [name_of(index) for index in samples.indices]
 
 
 def size(shape: tuple[int, int, int], count: int) -> int:
@@ -39,20 +45,18 @@ def size(shape: tuple[int, int, int], count: int) -> int:
     return count * npy_bytes(2 * shape[0], *shape[1:])
 
 
-def write(folder: Path, block: Block, class_names: list[str], seed: int) -> None:
+def write(paths: list[Path], block: Block, seed: int) -> None:
     rows = np.concatenate([block.means[:, 0].numpy(), block.deviations(0).numpy()], 1)
-    for row, index in zip(rows, block.indices, strict=True):
-        path = folder / name(int(index))
-        path.parent.mkdir(exist_ok=True)
+    for path, row in zip(paths, rows, strict=True):
         put_array(path, row)
 
 
-def finish(folder: Path, labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    entries = [[name(index), label] for index, label in enumerate(labels.tolist())]
+def finish(folder: Path, labels: np.ndarray, class_names: list[str], norm: LatentNorm) -> None:
+    entries = [[name_of(index), label] for index, label in enumerate(labels.tolist())]
     write_atomic(folder / LABELS, json.dumps({"labels": entries}))
 
 
-def open_peer(folder: Path, divide: float) -> PeerLatents:
+def open_folder(folder: Path) -> PeerLatents:
     """content=mean if the first deviations are all 0, as written for a deterministic encoder."""
     if not (folder / LABELS).is_file():
         raise UserError(f"{folder} is not a cache of REPA: {LABELS} is missing (a zip has to be unpacked first)")
@@ -63,10 +67,10 @@ def open_peer(folder: Path, divide: float) -> PeerLatents:
         for entry in entries
     ):
         raise UserError(f'{folder / LABELS} is not of the form {{"labels": [[file, class], ...]}}')
-    names = [PurePosixPath(file) for file, _ in entries]
-    if outside := [name for name in names if name.is_absolute() or ".." in name.parts]:
+    listed = [PurePosixPath(file) for file, _ in entries]
+    if outside := [path for path in listed if path.is_absolute() or ".." in path.parts]:
         raise UserError(f"{folder / LABELS} names {outside[0]}, which is not below {folder}")
-    files = [folder / name for name in names]
+    files = [folder / path for path in listed]
     first = read_npy(files[0])
     if first.ndim != 3 or len(first) % 2:
         raise UserError(f"{files[0]} has shape {first.shape}: expected means and deviations (2C, h, w)")
@@ -92,3 +96,16 @@ def open_peer(folder: Path, divide: float) -> PeerLatents:
     labels = np.array([label for _, label in entries], np.int64)
     content = "moments" if moments else "mean"
     return PeerLatents(folder, [file for file, _ in entries] + [LABELS], rows_shape, content, False, labels, read)
+
+
+FORMAT = PeerFormat(
+    project="REPA",
+    holds="raw means and deviations",
+    block=256,
+    names=names,
+    size=size,
+    write=write,
+    finish=finish,
+    open=open_folder,
+    posteriors=True,
+)

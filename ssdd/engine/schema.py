@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 import types
 import typing
 from typing import Any, NamedTuple
@@ -11,11 +12,6 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from ssdd.engine.files import plain
-
-
-def to_dict(cfg: Any) -> dict[str, Any]:
-    """A config dataclass as nested dicts of plain JSON values."""
-    return plain(cfg)
 
 
 def to_yaml(cfg: Any) -> str:
@@ -52,6 +48,24 @@ def schema_fields(schema: type, prefix: str = "") -> dict[str, SchemaField]:
         found[prefix + field.name] = SchemaField(kind, optional, group, field, schema)
         if group is not None:
             found |= schema_fields(group, f"{prefix}{field.name}.")
+    return found
+
+
+class Alias(NamedTuple):
+    """What another name of a key stands for: the key, or the item of it when it is a list."""
+
+    key: str
+    item: int | None
+
+
+def schema_aliases(schema: type) -> dict[str, Alias]:
+    """The other names that keys of ``schema`` have: its class variable `ALIASES`, such as
+    ``{"training.beta2": "training.betas[1]"}``, whose names are those of values, not of groups.
+    """
+    found = {}
+    for name, target in getattr(schema, "ALIASES", {}).items():
+        key, item = re.fullmatch(r"([\w.]+)(?:\[(\d+)\])?", target).groups()
+        found[name] = Alias(key, None if item is None else int(item))
     return found
 
 

@@ -48,7 +48,7 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
     given = [(torch.zeros(rows, *latent, device=device), x)] if stored else []
     if cfg.training.grad_checkpoint:
         recompute_activations(network)
-    if cfg.ssdd.compile:
+    if cfg.training.compile:
         network.compile()
 
     def step() -> None:

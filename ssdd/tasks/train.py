@@ -16,7 +16,7 @@ from torch import nn
 from ssdd.config import SSDDConfig
 from ssdd.engine import checkpoint
 from ssdd.engine.devices import choose_kernels, peak_memory
-from ssdd.engine.ema import Ema
+from ssdd.engine.ema import AVERAGE, build_averages, update_averages
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file
 from ssdd.engine.interrupt import StopRequest
@@ -73,16 +73,16 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     scaler = precision.loss_scaler()
     update = GradientStep(optimizer, [*parameters.values(), *heads.values()], training.grad_clip, scaler)
     adversary = AdversaryTraining(cfg, discriminator, objective.images, precision)
-    ema = Ema(parameters, cfg.ssdd.ema.decay, min(cfg.ssdd.ema.start_iter, steps // 10))
+    averages = build_averages(training.ema, parameters, steps)
     means = RunningMeans([*objective.terms, *adversary.terms, "grad_norm"], device)
     bad = FirstBadStep(device)
 
     # Resume: the state has all that a step reads, besides the config.
-    identity |= identity_of_networks(cfg, network, objective.terms)
+    identity |= identity_of_networks(cfg, network, objective.terms, list(averages))
     images.store_targets(objective, [identity.get("teacher"), identity.get("teacher_encoder")])
     parts = {
         "model": Weights(network),
-        "model_ema": Average(ema, network),
+        **{name: Average(average, network) for name, average in averages.items()},
         "optimizer": OptimizerState(optimizer),
         "aux": Auxiliary(heads, means, scaler, processes),
         **adversary.parts,
@@ -93,7 +93,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         return result
     if training.grad_checkpoint:
         recompute_activations(network)
-    if cfg.ssdd.compile:
+    if training.compile:
         for compiled in filter(None, (network, getattr(objective, "teacher", None))):
             compiled.compile()
     model = objective if training.fsdp else processes.data_parallel(objective)
@@ -128,7 +128,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             # Optimise, average.
             norm, adversary_norm = update.apply(lr), adversary.apply(lr)
             bad.see(adversary_norm, None if scaler.is_enabled() else norm)  # a scaler skips such steps
-            ema.update(averaged_weights(optimizer, parameters))
+            update_averages(averages, averaged_weights(optimizer, parameters))
             state.step = done = step + 1
             means.add({"grad_norm": norm})
             means.count([*active, *(adversary.terms if adversary.active else ()), "grad_norm"])
@@ -151,7 +151,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             names: list[str] = []
             if looks.due(done, evaluating):
                 with throughput.paused():
-                    names += looks.take(evaluating, network.state_dict() | ema.tensors(), state, progress)
+                    names += looks.take(evaluating, network.state_dict() | averages[AVERAGE].tensors(), state, progress)
 
             # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:
@@ -182,8 +182,8 @@ def check(cfg: SSDDConfig, steps: int) -> None:
             raise UserError(f"{key}={value} must be at least 1")
     if training.grad_clip < 0:
         raise UserError(f"training.grad_clip={training.grad_clip} must not be negative; 0 disables clipping")
-    if training.fsdp and cfg.ssdd.compile:
-        raise UserError("training.fsdp=true does not support compiled networks yet: set ssdd.compile=false")
+    if training.fsdp and training.compile:
+        raise UserError("training.fsdp=true does not support compiled networks yet: set training.compile=false")
 
 
 def trained(network: SSDD, objective: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -204,9 +204,10 @@ def identity_of(cfg: SSDDConfig, images: TrainingImages) -> dict[str, Any]:
     return identity
 
 
-def identity_of_networks(cfg: SSDDConfig, network: SSDD, terms: list[str]) -> dict[str, Any]:
-    """The rest of it; terms: names of the losses."""
+def identity_of_networks(cfg: SSDDConfig, network: SSDD, terms: list[str], averages: list[str]) -> dict[str, Any]:
+    """The rest of it; terms: names of the losses; averages: files of the moving averages."""
     identity = {"encoder": network.config["encoder"], "decoder": network.config["decoder"], "terms": terms}
+    identity |= {"averages": averages} if len(averages) > 1 else {}  # runs with one do not record it
     return identity | ({"teacher_encoder": network.encoder_fingerprint()} if cfg.distill_teacher else {})
 
 

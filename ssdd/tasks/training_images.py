@@ -82,7 +82,7 @@ class TrainingImages:
     def batch(self, read: Any, step: int, network: SSDD) -> TrainingBatch:
         """What was `read` for a step of `network`, on the device, with the step's draws."""
         (x, _, indices, epoch), device = read, self.processes.device
-        times = self.cfg.ssdd.fm_trainer.t_sampler_args
+        times = self.cfg.training
         shapes = (
             (self.batch_size, *x.shape[1:]),
             (self.batch_size, network.z_dim, *(side // network.f for side in x.shape[2:])),

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit.config import DiTConfig, EmaConfig, ModelConfig, TrainingConfig
+from dit.config import DiTConfig, ModelConfig, TrainingConfig
 from latent_cache.config import BuildConfig
 from latent_cache.write.build import build
+from ssdd.engine.ema import EmaConfig
 from ssdd.images.sources import DatasetConfig
 from ssdd.model.tokenizer import SSDD
 

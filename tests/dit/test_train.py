@@ -24,6 +24,7 @@ from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
 from ssdd.engine.schema import to_yaml
 from ssdd.model.tokenizer import SSDD
+from tests.kills import AtCall, Command
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -31,6 +32,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "C
 
 def folder(cfg: DiTConfig) -> Path:
     return Path(cfg.ckpt_dir) / "jobs" / cfg.run_name
+
+
+IN_STEP_7 = AtCall(7, ("ssdd.engine.ema:Ema.update",))
+
+
+def command(cfg: DiTConfig, processes: int = 1) -> Command:
+    """`python -m dit.main` with the keys of `cfg`."""
+    config = Path(cfg.ckpt_dir) / f"{cfg.run_name}.yaml"
+    config.write_text(to_yaml(cfg))
+    return Command("dit.main", [f"preset={config}"], processes)
 
 
 def weights(cfg: DiTConfig) -> dict[str, bytes]:
@@ -78,22 +89,7 @@ def test_thirty_steps_lower_the_loss_and_leave_a_complete_run(settings):
 def test_a_killed_run_resumes_to_the_same_bytes(settings):
     straight, killed = settings("straight", "moments"), settings("killed", "moments")
     run(straight)
-    config = Path(killed.ckpt_dir) / "killed.yaml"
-    config.write_text(to_yaml(killed))
-    program = f"""
-import os, signal, sys
-from ssdd.engine.ema import Ema
-original = Ema.update
-def update(self, parameters):
-    original(self, parameters)
-    if self.updates == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-Ema.update = update
-from dit.main import main
-sys.exit(main(["preset={config}"]))
-"""
-    ended = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    command(killed).kill(IN_STEP_7)
     assert [row["step"] for row in metrics(killed)] == [1, 2, 3, 4, 5, 6]  # two of them after the checkpoint
     run(killed)
     assert weights(killed) == weights(straight)
@@ -147,7 +143,7 @@ def test_two_processes_train_as_one(settings):
 
 @pytest.mark.slow
 def test_sharded_processes_train_as_data_parallel_ones_and_continue_on_any_number(settings):
-    options = {"steps": 4, "save_every": 2, "keep": 2, "accumulate": 2, "grad_checkpoint": True}
+    options = {"steps": 4, "save_every": 2, "keep": 2, "grad_accumulate": 2, "grad_checkpoint": True}
     whole, sharded = settings("whole", **options), settings("sharded", fsdp=True, **options)
     run_in_two_processes(whole)
     run_in_two_processes(sharded)
@@ -166,7 +162,7 @@ def test_sharded_processes_train_as_data_parallel_ones_and_continue_on_any_numbe
 
 
 def test_accumulation_changes_memory_and_not_the_loss(settings):
-    whole, parts = settings("whole", steps=3), settings("parts", steps=3, accumulate=4)
+    whole, parts = settings("whole", steps=3), settings("parts", steps=3, grad_accumulate=4)
     run(whole)
     run(parts)
     for row_whole, row_parts in zip(metrics(whole), metrics(parts), strict=True):
@@ -262,7 +258,11 @@ def test_what_does_not_fit_together_is_refused_before_the_first_step(settings, c
     cfg.model.name = "DiT-XXS/8"
     with pytest.raises(UserError, match="4x4 does not divide into patches of 8"):
         run(cfg)
-    wrong = {"multiple of 3": {"accumulate": 3}, "t_shift=0": {"t_shift": 0.0}, "grad_clip=-1": {"grad_clip": -1.0}}
+    wrong = {
+        "multiple of 3": {"grad_accumulate": 3},
+        "t_shift=0": {"t_shift": 0.0},
+        "grad_clip=-1": {"grad_clip": -1.0},
+    }
     for message, training in wrong.items():
         with pytest.raises(UserError, match=message):
             run(settings(**training))

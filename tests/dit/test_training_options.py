@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dit.config import DiTConfig, EmaConfig
+from dit.config import AuxiliaryConfig, DiTConfig
 from dit.foreign_checkpoints import export_dit
 from dit.model import DiT
 from dit.tasks.cache_images import CacheImages
@@ -23,12 +20,12 @@ from latent_cache import LatentDataset
 from latent_cache.config import BuildConfig, ViewsConfig
 from latent_cache.write.build import build
 from ssdd.engine.checkpoint import load_tensors, save_tensors
+from ssdd.engine.ema import EmaConfig
 from ssdd.engine.errors import UserError
-from ssdd.engine.schema import to_yaml
 from ssdd.fidelity.statistics import default_cache
 from ssdd.images.sources import DatasetConfig
 from ssdd.model.tokenizer import SSDD
-from tests.dit.test_train import ENVIRONMENT, ROOT, folder, metrics, weights
+from tests.dit.test_train import IN_STEP_7, command, folder, metrics, weights
 
 DIGITS = DatasetConfig(source="digits", im_size=32, limit=60, crop="adm")
 TEACHER = "vit_tiny_patch16_224"
@@ -50,44 +47,22 @@ def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def every_option(settings, teacher_weights, monkeypatch):
     """Config of a run with all that adds state or draws."""
     monkeypatch.setenv("SSDD_WEIGHTS", str(teacher_weights))
-    monkeypatch.setitem(ENVIRONMENT, "SSDD_WEIGHTS", str(teacher_weights))
 
     def make(run_name: str, **training: object) -> DiTConfig:
         ema = EmaConfig(decays=[0.9, 0.05], start_iter=2)
         options = {"ema": ema, "lr_schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "t_shift": 2.0}
         cfg = settings(run_name, **{**options, **training})
         cfg.dataset, cfg.losses.direction, cfg.losses.repa = DIGITS, 0.5, 0.5
-        cfg.repa = replace(cfg.repa, model=TEACHER, i_extract=2, hidden=32)
+        cfg.aux_losses = AuxiliaryConfig(replace(cfg.aux_losses.repa, model=TEACHER, i_extract=2, hidden=32))
         return cfg
 
     return make
 
 
-def command(cfg: DiTConfig, kill_after: int | None = None) -> str:
-    """A program that runs `cfg` and ends itself with SIGKILL in the middle of a step."""
-    config = Path(cfg.ckpt_dir) / f"{cfg.run_name}.yaml"
-    config.write_text(to_yaml(cfg))
-    return f"""
-import os, signal, sys
-from ssdd.engine.ema import Ema
-original = Ema.update
-def update(self, parameters):
-    original(self, parameters)
-    if self.updates == {kill_after}:
-        os.kill(os.getpid(), signal.SIGKILL)
-Ema.update = update
-from dit.main import main
-sys.exit(main(["preset={config}"]))
-"""
-
-
 def test_a_killed_run_with_every_option_resumes_to_the_same_bytes(every_option):
     straight, killed = every_option("straight"), every_option("killed")
     result = run(straight)
-    ended = subprocess.run(
-        [sys.executable, "-c", command(killed, 7)], env=ENVIRONMENT, cwd=killed.ckpt_dir, capture_output=True, text=True
-    )
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    command(killed).kill(IN_STEP_7)
     run(killed)
     assert weights(killed) == weights(straight)
     assert metrics(killed) == metrics(straight)
@@ -132,20 +107,10 @@ def test_any_of_several_averages_can_be_sampled(every_option, tmp_path):
 @pytest.mark.slow
 def test_two_killed_processes_resume_to_the_same_bytes(every_option):
     straight, killed = every_option("straight"), every_option("killed")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-
-    def launched(cfg: DiTConfig, kill_after: int | None = None) -> int:
-        program = Path(cfg.ckpt_dir) / f"{cfg.run_name}.py"
-        program.write_text(command(cfg, kill_after))
-        return subprocess.run(
-            [*launch, str(program)], env=environment, cwd=cfg.ckpt_dir, capture_output=True
-        ).returncode
-
-    assert launched(straight) == 0
-    assert launched(killed, kill_after=7) != 0
+    command(straight, processes=2).run()
+    command(killed, processes=2).kill(IN_STEP_7)
     assert json.loads((folder(killed) / "checkpoints" / "last" / "state.json").read_text())["step"] == 4
-    assert launched(killed) == 0
+    command(killed, processes=2).run()
     assert weights(killed) == weights(straight)
 
 
@@ -207,7 +172,7 @@ def test_online_fidelity_is_logged_and_changes_no_byte(settings, caches, tmp_pat
 
 
 def test_a_dry_run_counts_and_measures_without_writing(settings, tmp_path, capsys):
-    cfg = replace(settings(steps=100, accumulate=2), dry_run=True)
+    cfg = replace(settings(steps=100, grad_accumulate=2), dry_run=True)
     before = sorted(tmp_path.rglob("*"))
     result = run(cfg)
     model = DiT.from_name("DiT-XXS/1", 4, 2, 10, learn_sigma=False)

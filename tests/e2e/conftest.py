@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.kills import AtOutput, Command, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -37,19 +36,16 @@ class Pipeline:
 
     def __init__(self, folder: Path, name: str, *arguments: str):
         self.root = folder / name
-        file = "configs/pipelines/digits.yaml"
-        self.command = [sys.executable, "scripts/pipeline.py", file, f"name={name}", f"ckpt_dir={folder}", *SMALL]
-        self.command += arguments
+        self.arguments = ["configs/pipelines/digits.yaml", f"name={name}", f"ckpt_dir={folder}", *SMALL, *arguments]
 
     def start(self) -> subprocess.Popen:
         return subprocess.Popen(
-            self.command,
+            [sys.executable, "scripts/pipeline.py", *self.arguments],
             cwd=ROOT,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
         )
 
     def run(self) -> str:
@@ -59,18 +55,9 @@ class Pipeline:
         assert process.returncode == 0, output
         return output
 
-    def kill_when(self, line: str, delay: float = 0.0) -> None:
-        """Start it, and SIGKILL it with all its processes `delay` seconds after a line that matches `line`."""
-        process = self.start()
-        seen = []
-        for printed in process.stdout:
-            seen.append(printed)
-            if re.search(line, printed):
-                time.sleep(delay)
-                os.killpg(process.pid, signal.SIGKILL)
-                break
-        process.stdout.close()
-        assert process.wait() == -signal.SIGKILL, "".join(seen)
+    def run_killed(self, moments: list[AtOutput]) -> Outcome:
+        """Kill it, with all its processes, at each of the moments, and start it again."""
+        return Command("scripts/pipeline.py", self.arguments, environment={}).run(moments)
 
 
 def table_without_speed(output: str) -> list[str]:

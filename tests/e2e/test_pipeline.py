@@ -17,6 +17,7 @@ from ssdd.engine.checkpoint import load
 from ssdd.images.sources import DatasetConfig, open_source
 from ssdd_pipeline.run import largest_peak
 from tests.e2e.conftest import table_without_speed
+from tests.kills import AtOutput
 
 STAGES = ["classifier", "tokenizer", "student", "reconstruction", "cache", "dit", "samples", "generation"]
 
@@ -47,13 +48,15 @@ def test_a_wrong_key_of_a_late_stage_is_found_before_the_first_one_starts(pipeli
 @pytest.mark.slow
 def test_killed_in_the_middle_of_every_stage_it_ends_with_the_same_table(pipeline):
     expected = table_without_speed(pipeline("straight").run())
-    chain = pipeline("killed")
-    for number, stage in enumerate(STAGES, 1):
-        if stage in ("tokenizer", "student", "dit"):
-            chain.kill_when(r"^(train|distil) \w+ 1/")  # after the first step
-        else:
-            chain.kill_when(rf"^\[{number}/8\] {stage}: python", delay=4)  # into its imports, or its work
-    assert table_without_speed(chain.run()) == expected
+    moments = [
+        AtOutput(rf"^(train|distil) {stage} 1/")  # after the first step
+        if stage in ("tokenizer", "student", "dit")
+        else AtOutput(rf"^\[{number}/8\] {stage}: python", delay=4)  # into its imports, or its work
+        for number, stage in enumerate(STAGES, 1)
+    ]
+    outcome = pipeline("killed").run_killed(moments)
+    assert outcome.kills == len(STAGES)
+    assert table_without_speed(outcome.output) == expected
 
 
 @pytest.mark.slow

@@ -1,9 +1,8 @@
-"""Checkpoint folders, optimizer state, and references to weights."""
+"""Checkpoint folders: bit for bit, whole or absent whatever kills their writer, linked, and thinned out."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from schedulefree import RAdamScheduleFree
 
 from ssdd.engine import checkpoint
 from ssdd.engine.errors import UserError
@@ -150,35 +148,18 @@ def test_a_first_save_killed_while_writing_leaves_no_checkpoint(tmp_path):
 
 
 KILLED_AT_CALL = """
-import os, shutil, signal, sys
+import sys
 import torch
 from ssdd.engine import checkpoint
+from tests.kills import AtCall, start
 
-calls = 0
-
-def counted(function):
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return call
-
-for name in ("rename", "replace", "fsync", "unlink", "rmdir"):
-    setattr(os, name, counted(getattr(os, name)))
-folder = sys.argv[1]
+folder, calls = sys.argv[1], tuple(f"os:{name}" for name in ("rename", "replace", "fsync", "unlink", "rmdir"))
 for fatal in range(1, 100):
-    calls = 0
-    child = os.fork()
-    if child == 0:
-        tensors = {"model": {"w": torch.full((4,), float(fatal))}, "aux": {"v": torch.full((2, 2), -float(fatal))}}
-        checkpoint.save(folder, tensors, {"version": fatal})
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
+    tensors = {"model": {"w": torch.full((4,), float(fatal))}, "aux": {"v": torch.full((2, 2), -float(fatal))}}
+    killed, _ = start(lambda: checkpoint.save(folder, tensors, {"version": fatal}), AtCall(fatal, calls))
     tensors, state = checkpoint.load(folder)
-    print(int(os.WIFSIGNALED(status)), state["version"], int(tensors["model"]["w"][0]), int(-tensors["aux"]["v"][0, 0]))
-    if not os.WIFSIGNALED(status):
+    print(int(killed), state["version"], int(tensors["model"]["w"][0]), int(-tensors["aux"]["v"][0, 0]))
+    if not killed:
         break
 """
 
@@ -254,177 +235,3 @@ def test_a_reader_beside_a_writer_always_sees_one_whole_version(tmp_path):
         writer.kill()
         writer.wait()
     assert seen == sorted(seen)
-
-
-def network(channels_last: bool = False) -> torch.nn.Module:
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 4, 2))
-    return net.to(memory_format=torch.channels_last) if channels_last else net
-
-
-def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        net(x).square().sum().backward()
-        optimizer.step()
-
-
-def adamw(net: torch.nn.Module) -> torch.optim.Optimizer:
-    first, *others = net.parameters()
-    groups = [{"params": [first], "weight_decay": 0.0}, {"params": others, "lr": torch.tensor(3e-3)}]
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.95), foreach=False)
-
-
-def adamw_plain(net: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), lr=1e-3, amsgrad=True)
-
-
-def schedule_free(net: torch.nn.Module) -> torch.optim.Optimizer:
-    optimizer = RAdamScheduleFree(net.parameters(), lr=2.5e-3, weight_decay=1e-2)
-    optimizer.train()
-    return optimizer
-
-
-def assert_same(a, b) -> None:
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert a.stride() == b.stride()
-        assert torch.equal(a, b)
-    else:
-        assert a == b
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("build", [adamw, adamw_plain, schedule_free])
-def test_a_resumed_optimizer_takes_the_same_steps_bit_for_bit(tmp_path, build, channels_last):
-    net = network(channels_last)
-    optimizer = build(net)
-    train(net, optimizer, range(8))
-    tensors, values = checkpoint.optimizer_tensors(optimizer)
-    checkpoint.save(tmp_path / "c", {"model": net.state_dict(), "optimizer": tensors}, {"optimizer": values})
-
-    resumed = network(channels_last)
-    resumed_optimizer = build(resumed)
-    saved, state = checkpoint.load(tmp_path / "c")
-    resumed.load_state_dict(saved["model"])
-    checkpoint.load_optimizer(resumed_optimizer, saved["optimizer"], state["optimizer"])
-    assert_same(resumed_optimizer.state_dict(), optimizer.state_dict())
-
-    train(net, optimizer, range(8, 14))
-    train(resumed, resumed_optimizer, range(8, 14))
-    assert_same(dict(resumed.state_dict()), dict(net.state_dict()))
-    assert_same(resumed_optimizer.state_dict(), optimizer.state_dict())
-
-
-def test_an_optimizer_that_made_no_step_or_skipped_a_parameter_round_trips():
-    net = network()
-    optimizer = schedule_free(net)
-    fresh = schedule_free(network())
-    checkpoint.load_optimizer(fresh, *checkpoint.optimizer_tensors(optimizer))
-    assert_same(fresh.state_dict(), optimizer.state_dict())
-    net[0].requires_grad_(False)
-    train(net, optimizer, range(2))
-    checkpoint.load_optimizer(fresh, *checkpoint.optimizer_tensors(optimizer))
-    assert_same(fresh.state_dict(), optimizer.state_dict())
-
-
-def test_state_of_another_dtype_than_its_parameter_and_python_scalars_are_kept():
-    parameter = torch.nn.Parameter(torch.randn(5, dtype=torch.bfloat16))
-    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
-    optimizer.state[parameter] = {
-        "momentum_buffer": torch.randn(5) / 3,
-        "count": 4,
-        "scale": 0.1,
-        "factor": torch.ones(2),
-    }
-    other = torch.optim.SGD([parameter], lr=0.2, momentum=0.5)
-    checkpoint.load_optimizer(other, *checkpoint.optimizer_tensors(optimizer))
-    assert_same(other.state_dict(), optimizer.state_dict())
-
-
-def test_the_state_of_another_model_is_refused():
-    saved = checkpoint.optimizer_tensors(adamw_plain(network()))
-    with pytest.raises(UserError, match=r"groups of \[4\] tensors.*groups of \[1, 3\]"):
-        checkpoint.load_optimizer(adamw(network()), *saved)
-    net = torch.nn.Linear(2, 3)
-    optimizer = adamw_plain(net)
-    net(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    for other in (torch.nn.Linear(3, 2), torch.nn.Linear(2, 4)):
-        with pytest.raises(UserError, match="belongs to another model"):
-            checkpoint.load_optimizer(adamw_plain(other), *checkpoint.optimizer_tensors(optimizer))
-
-
-@pytest.fixture
-def runs(tmp_path) -> Path:
-    """A ckpt_dir with the run "full" (last with EMA, best without) and the run "begun" (no checkpoint yet)."""
-    tensors = weights(1)["model"]
-    checkpoints = tmp_path / "runs" / "jobs" / "full" / "checkpoints"
-    checkpoint.save(checkpoints / "last", {"model": tensors, "model_ema": tensors, "optimizer": {}}, {})
-    checkpoint.save(checkpoints / "best", {"model": tensors}, {})
-    (tmp_path / "runs" / "jobs" / "begun").mkdir()
-    return tmp_path / "runs"
-
-
-def test_a_run_name_means_the_averaged_weights_of_its_last_checkpoint(runs):
-    checkpoints = runs / "jobs" / "full" / "checkpoints"
-    assert checkpoint.resolve("full", runs) == checkpoints / "last" / "model_ema.safetensors"
-    assert checkpoint.resolve("full@last", str(runs)) == checkpoints / "last" / "model_ema.safetensors"
-    assert checkpoint.resolve("full@best", runs) == checkpoints / "best" / "model.safetensors"
-
-
-def test_a_directory_or_a_file_may_be_named(runs, monkeypatch):
-    folder = runs / "jobs" / "full"
-    expected = folder / "checkpoints" / "last" / "model_ema.safetensors"
-    assert checkpoint.resolve(str(folder), runs) == expected
-    assert checkpoint.resolve(str(folder / "checkpoints" / "last"), "elsewhere") == expected
-    assert checkpoint.resolve(str(expected), "elsewhere") == expected
-    monkeypatch.chdir(expected.parent)
-    assert checkpoint.resolve("model.safetensors", "elsewhere") == Path("model.safetensors")
-    monkeypatch.chdir(folder.parent)
-    assert checkpoint.resolve("full", "elsewhere") == Path("full/checkpoints/last/model_ema.safetensors")
-
-
-@pytest.mark.parametrize("averaged", ["model_ae_ema.safetensors", "model_1.safetensors"])
-def test_in_official_folders_too_averaged_weights_are_preferred(tmp_path, averaged):
-    for name in ("model.safetensors", averaged):
-        checkpoint.save_tensors(tmp_path / "official" / name, {"w": torch.ones(1)})
-    assert checkpoint.resolve(str(tmp_path / "official"), tmp_path).name == averaged
-
-
-def test_a_run_whose_writer_was_killed_between_its_renames_is_found(runs):
-    last = runs / "jobs" / "full" / "checkpoints" / "last"
-    last.rename(last.with_name("last.old"))
-    assert checkpoint.resolve("full", runs).parent.name == "last.old"
-    shutil.copytree(last.with_name("last.old"), last.with_name("last.new"))
-    assert checkpoint.resolve("full", runs).parent.name == "last.new"
-
-
-def refusal(reference: str, runs: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        checkpoint.resolve(reference, runs)
-    return str(caught.value)
-
-
-def test_a_reference_to_nothing_lists_what_was_looked_for_and_what_there_is(runs):
-    message = refusal("fulll", runs)
-    assert str(runs / "jobs" / "fulll" / "checkpoints" / "last") in message
-    assert "model_ema.safetensors" in message
-    assert message.endswith("begun, full")
-    assert refusal("full@first", runs).endswith("there is full@best, full@last")
-    assert refusal("begun", runs).endswith("begun, full")
-    assert str(runs / "no.safetensors") in refusal(str(runs / "no.safetensors"), runs)
-    assert refusal("x", runs / "empty").endswith("none")
-    (runs / "x.txt").write_bytes(b"")
-    assert "not a weights file" in refusal(str(runs / "x.txt"), runs)
-    assert "empty checkpoint reference" in refusal("", runs)

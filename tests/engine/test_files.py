@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import plain, read_json, remove_leftovers, sha256_file, sha256_json, write_atomic, write_json
+from tests.kills import AtCall, start
 
 
 def test_a_written_file_holds_the_new_content_and_leaves_nothing_beside_it(tmp_path):
@@ -43,14 +42,8 @@ def test_a_failed_write_keeps_the_old_content(tmp_path, monkeypatch):
 def test_a_killed_write_keeps_the_old_content_and_its_leftover_can_be_removed(tmp_path):
     path = tmp_path / "file.txt"
     write_atomic(path, "old")
-    program = (
-        "import os, signal, sys\n"
-        "from ssdd.engine.files import write_atomic\n"
-        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "write_atomic(sys.argv[1], 'new')\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", program, str(path)], cwd=Path(__file__).parents[2], check=False)
-    assert killed.returncode == -9
+    killed, _ = start(lambda: write_atomic(path, "new"), AtCall(1, ("os:replace",)))
+    assert killed
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
     remove_leftovers(tmp_path)

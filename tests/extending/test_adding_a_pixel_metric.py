@@ -13,7 +13,7 @@ from ssdd.engine.schema_help import help_text
 from ssdd.fidelity.pixel_metrics import PIXEL_METRICS, PixelMetric
 from ssdd.model.compared_decoders import Row
 from ssdd.tasks.evaluate import Evaluator
-from ssdd_pipeline.report.results import Evaluation
+from ssdd_pipeline.report.results import FinishedEvaluation
 from ssdd_pipeline.report.tables import quality_table
 from tests.small_tokenizer import ARGUMENTS
 
@@ -36,7 +36,7 @@ def test_a_new_pixel_metric_is_found_everywhere(monkeypatch, tokenizer, tmp_path
     originals = evaluator.dataset.pixels(range(len(evaluator.dataset)))
     assert 0 < row["shade_ratio"] < 255 / originals.double().mean().item()
     row["distances"] = {"efficientnet_lite0": {}}
-    table = quality_table(Evaluation("run", tmp_path, {**result, "task": "eval"}), "efficientnet_lite0")
+    table = quality_table(FinishedEvaluation("run", tmp_path, {**result, "task": "eval"}), "efficientnet_lite0")
     place = [(column.label, column.better) for column in table.columns].index(("shade", "↑"))
     assert table.rows[0][1][place].text == f"{row['shade_ratio']:.1f}"
 

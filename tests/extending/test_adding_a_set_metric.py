@@ -19,7 +19,7 @@ from ssdd.fidelity.command import main
 from ssdd.fidelity.set_metrics import SET_METRICS, SetMetric
 from ssdd.model.compared_decoders import Row
 from ssdd.tasks.evaluate import Evaluator
-from ssdd_pipeline.report.results import Evaluation
+from ssdd_pipeline.report.results import FinishedEvaluation
 from ssdd_pipeline.report.tables import quality_table
 from tests.small_tokenizer import ARGUMENTS
 
@@ -41,7 +41,7 @@ def test_a_new_set_metric_is_in_the_help_and_in_an_evaluation_and_its_report(tok
     result = evaluator.run([Row("tokenizer", tokenizer.eval(), 1)], reals=True)
     scores = result["rows"][0]["distances"][NETWORK]
     assert scores["way"] > 0 and result["floor"][NETWORK]["way"] > 0
-    page = quality_table(Evaluation("run", tmp_path, {**result, "task": "eval"}), NETWORK)
+    page = quality_table(FinishedEvaluation("run", tmp_path, {**result, "task": "eval"}), NETWORK)
     assert ("rway to FD", "↓") in [(column.label, column.better) for column in page.columns]
     lines = {"labels": "one", "reference": {"source": "digits", "crop": "adm"}, "notes": []}
     assert "gway to FD" in table({**result, **lines})

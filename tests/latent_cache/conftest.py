@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from latent_cache.config import BuildConfig, ViewsConfig, adm_images
 from latent_cache.write.build import build
 from ssdd.model.tokenizer import SSDD
+from tests.latent_cache.synthetic import make_cache, normal
 
 Settings = Callable[..., BuildConfig]
 
@@ -57,3 +59,20 @@ def moments(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("moments") / "cache"
     build(settings(folder, flip=True, content="moments"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def posterior_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 posteriors [2, 3 channels, 4, 4] with both views, far from mean 0 and deviation 1, in shards of 16."""
+    rows = np.concatenate([uneven_means(), normal(50, 2, 3, 4, 4, seed=1) - 2], 2)
+    return make_cache(tmp_path_factory.mktemp("posteriors") / "cache", rows, content="moments", shard=16)
+
+
+@pytest.fixture(scope="session")
+def mean_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 means with both views, in shards of 16."""
+    return make_cache(tmp_path_factory.mktemp("uneven_means") / "cache", uneven_means(), shard=16)
+
+
+def uneven_means() -> np.ndarray:
+    return normal(50, 2, 3, 4, 4) * [[[2.0]], [[0.1]], [[1.0]]] + [[[1.0]], [[-0.2]], [[0.0]]]

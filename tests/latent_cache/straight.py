@@ -25,8 +25,3 @@ def posteriors(tokenizer: Path, cfg: DatasetConfig, split: str, flip: bool = Fal
         logvars.append(posterior.logvar)
         labels.append(label)
     return torch.cat(means), torch.cat(logvars), torch.tensor(labels)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Name -> content of every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

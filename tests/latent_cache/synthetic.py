@@ -1,14 +1,17 @@
-"""Caches of latents that a test makes up."""
+"""Caches of latents that a test makes up, and what a cache stores."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from latent_cache.config import ImportConfig
 from latent_cache.peers.exchange import PeerLatents
-from latent_cache.peers.importing import Origin, describe, store
+from latent_cache.peers.importing import ImportConfig, Origin, describe, store
+from latent_cache.read.dataset import LatentDataset
+from latent_cache.read.stored_rows import stored_rows
 
 FINGERPRINT = "0123456789abcdef" * 4
 
@@ -28,3 +31,23 @@ def make_cache(
     cfg = ImportConfig("repa", "", str(folder), samples_per_shard=shard)
     store(folder, describe(cfg, peer, origin), peer, origin)
     return folder
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def stored(cache: LatentDataset, view: int = 0) -> tuple[Tensor, np.ndarray]:
+    """Values of a view as they are stored, float32 [n, K, h, w], and labels."""
+    parts = list(stored_rows(cache, np.arange(len(cache)), chunk=16))
+    rows = torch.from_numpy(np.concatenate([part.values[:, view] for part in parts])).float()
+    return rows, np.concatenate([part.labels for part in parts])
+
+
+def raw(folder: Path, view: int = 0) -> tuple[np.ndarray, Tensor | None, np.ndarray]:
+    """(means, log variances or None, labels) of a cache, raw, float32."""
+    cache = LatentDataset(folder)
+    rows, labels = stored(cache, view)
+    channels = cache.latent_shape[0]
+    logvars = rows[:, channels:] + 2 * cache.norm.std.log().view(-1, 1, 1) if cache.has_moments else None
+    return cache.norm.denormalise(rows[:, :channels]).numpy(), logvars, labels

@@ -20,7 +20,8 @@ from latent_cache.write.build import build
 from latent_cache.write.folder import FolderLock
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
-from tests.latent_cache.straight import files, posteriors
+from tests.kills import Command, files, later_and_later
+from tests.latent_cache.straight import posteriors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -79,10 +80,9 @@ def test_two_processes_write_the_same_bytes_as_one(means, tokenizer, tmp_path):
 
 
 def test_a_build_killed_again_and_again_ends_with_the_same_bytes(means, tokenizer, tmp_path):
-    script = [sys.executable, str(Path(__file__).with_name("killed.py")), "build"]
-    command = script + arguments(tokenizer, tmp_path / "cache")
-    ended = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    assert int(ended.stdout.split()[-1]) >= 5
+    late = ("sklearn.datasets", "latent_cache.write.build")
+    build = Command("latent_cache", ["build", *arguments(tokenizer, tmp_path / "cache")], imports=late)
+    assert build.run(later_and_later(first=7, step=5)).kills >= 5
     assert files(tmp_path / "cache") == files(means)
 
 

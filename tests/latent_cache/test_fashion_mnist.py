@@ -7,11 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +20,10 @@ from ssdd.images.pixels import from_uint8
 from ssdd.images.small_sets import FASHION_MNIST_FOLDER
 from ssdd.images.sources import open_source
 from ssdd.model.tokenizer import SSDD
-from tests.latent_cache.straight import files
+from tests.kills import Command, Outcome, files, random_times
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 IMAGES = int(os.environ.get("SSDD_TEST_IMAGES", "2000"))
 BATCH, SAMPLES_PER_SHARD = 32, max(320, IMAGES // 480 * 32)
-KILLS = 3
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,56 +31,28 @@ pytestmark = [
 ]
 
 
-def start(tokenizer: Path, out: Path, world: int = 1) -> subprocess.Popen:
-    """A build under way, in a process group of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+def build(tokenizer: Path, out: Path, processes: int = 1) -> Command:
     arguments = [f"tokenizer={tokenizer}", f"out={out}", "dataset.source=fashion_mnist", "dataset.im_size=32"]
     arguments += [f"dataset.limit={IMAGES}", f"samples_per_shard={SAMPLES_PER_SHARD}", f"batch_size={BATCH}"]
-    command = [sys.executable, *launcher, "-m", "latent_cache", "build", *arguments, "device=cpu"]
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def ended(build: subprocess.Popen) -> None:
-    _, printed = build.communicate(timeout=1500)
-    assert build.returncode == 0, printed
-
-
-def begun(build: subprocess.Popen, out: Path) -> None:
-    """Wait until the build encodes."""
-    while not any((out / ".partial").rglob("*.npy*")):
-        assert build.poll() is None, build.stderr.read()
-        time.sleep(0.02)
+    return Command("latent_cache", ["build", *arguments, "device=cpu"], processes, ("latent_cache.write.build",))
 
 
 @pytest.fixture(scope="module")
-def whole(tokenizer, tmp_path_factory) -> tuple[Path, float]:
-    """The cache of an undisturbed build by one process, and the seconds that its work took."""
+def whole(tokenizer, tmp_path_factory) -> tuple[Path, Outcome]:
+    """The cache of an undisturbed build by one process, and how that went."""
     out = tmp_path_factory.mktemp("fashion") / "cache"
-    build = start(tokenizer, out)
-    begun(build, out)
-    at = time.monotonic()
-    ended(build)
-    return out, time.monotonic() - at
+    return out, build(tokenizer, out).run()
 
 
 def test_two_processes_write_the_same_directory_as_one(whole, tokenizer, tmp_path):
-    ended(start(tokenizer, tmp_path / "cache", world=2))
+    build(tokenizer, tmp_path / "cache", processes=2).run()
     assert files(tmp_path / "cache") == files(whole[0])
 
 
 def test_a_build_killed_at_three_random_moments_writes_the_same_directory(whole, tokenizer, tmp_path):
-    out, seconds = whole
-    moments = random.Random(0)
-    for _ in range(KILLS):
-        build = start(tokenizer, tmp_path / "cache")
-        begun(build, tmp_path / "cache")
-        time.sleep(moments.uniform(0, 0.8 / KILLS) * seconds)
-        os.killpg(build.pid, signal.SIGKILL)
-        build.communicate()
-        assert build.returncode == -signal.SIGKILL
-    ended(start(tokenizer, tmp_path / "cache"))
+    out, straight = whole
+    killed = build(tokenizer, tmp_path / "cache").run(random_times(0, 3, straight.seconds))
+    assert killed.kills == 3
     assert files(tmp_path / "cache") == files(out)
 
 

@@ -7,22 +7,24 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from latent_cache import LatentDataset
-from latent_cache.config import ExportConfig, ImportConfig, StatsConfig
+from latent_cache.config import StatsConfig
 from latent_cache.diagnose import stats
-from latent_cache.peers.export import FORMATS, export
-from latent_cache.peers.importing import import_latents
+from latent_cache.peers.export import ExportConfig, export
+from latent_cache.peers.formats import FORMATS
+from latent_cache.peers.importing import ImportConfig, import_latents
 from latent_cache.verify import verify
 from latent_cache.write import build as build_module
 from latent_cache.write.build import build
 from ssdd.engine.errors import UserError
 from ssdd.model.latent import LatentNorm
 from ssdd.model.tokenizer import SSDD
-from tests.latent_cache.straight import files
+from tests.kills import files
 
 Mount = Callable[[str], Path]
 
@@ -83,12 +85,12 @@ def test_a_disk_too_small_is_told_before_the_first_image(settings, mount, monkey
         build(settings(disk / "cache"))
 
 
-@pytest.mark.parametrize("layout", ["fast-dit", "lightningdit", "repa", "mar"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_an_export_tells_a_full_disk_and_goes_on(moments, mount, tmp_path, layout, monkeypatch):
     disk = mount("size=2m")
     peer = FORMATS[layout]
     with monkeypatch.context() as patch:
-        patch.setattr(peer, "write", filling(disk, peer.write))
+        patch.setitem(FORMATS, layout, replace(peer, write=filling(disk, peer.write)))
         with pytest.raises(UserError, match=r"No space left on device.*make room and run the same command again"):
             export(ExportConfig(str(moments), layout, str(disk / "out")))
     (disk / "ballast").unlink()

@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 
 from dit.foreign_checkpoints import load_dit
-from latent_cache.config import ImportConfig
-from latent_cache.peers.importing import import_latents
+from latent_cache.peers.importing import ImportConfig, import_latents
 from latent_cache.read.dataset import LatentDataset
 from ssdd.engine import checkpoint
 from ssdd.engine.errors import UserError

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,6 +19,7 @@ from ssdd.engine.files import read_json
 from ssdd.engine.run import RunDirectory
 from ssdd.losses.perceptual import FeatureDistance
 from ssdd.tasks.train import run
+from tests.kills import AtOutput, Command
 from tests.small_tokenizer import ARGUMENTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,18 +31,13 @@ def checkpoint_bytes(folder: Path, run_name: str = "tokenizer") -> dict[str, byt
     return {name: (last / f"{name}.safetensors").read_bytes() for name in WEIGHTS}
 
 
+def small(folder: Path, *arguments: str) -> list[str]:
+    return [*ARGUMENTS, f"ckpt_dir={folder}", "run_name=tokenizer", *arguments]
+
+
 def command(folder: Path, *arguments: str, processes: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [
-        sys.executable,
-        *launcher,
-        "-m",
-        "ssdd.main",
-        *ARGUMENTS,
-        f"ckpt_dir={folder}",
-        "run_name=tokenizer",
-        *arguments,
-    ]
+    return [sys.executable, *launcher, "-m", "ssdd.main", *small(folder, *arguments)]
 
 
 def start(argv: list[str]) -> subprocess.Popen:
@@ -141,13 +136,8 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(config, tmp_path, 
         assert process.communicate() and process.returncode == 0
 
     finish(straight)
-    process = start(command(killed, *arguments, processes=processes))
-    wait_for_step(process, 7)  # schedule-free RAdam moves the weights from its fifth step on
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
-    process.wait()
+    in_step_7 = AtOutput(" 7/")  # schedule-free RAdam moves the weights from its fifth step on
+    Command("ssdd.main", small(killed, *arguments), processes).kill(in_step_7)
     assert not (killed / "jobs" / "tokenizer" / "task_result.json").exists()
     finish(killed)
     assert checkpoint_bytes(killed) == checkpoint_bytes(straight)
@@ -267,6 +257,16 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(config, tmp_path
     for a, b in zip(whole, parts, strict=True):
         assert a["diffusion"] == pytest.approx(b["diffusion"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_run_keeps_several_averages_which_stay_those_it_began_with(config, tmp_path):
+    averages = "training.ema.decays=[0.9,0.5]"
+    run(config("training.steps=1"))
+    run(config("training.steps=2", "run_name=several", averages))
+    files = {path.name for path in RunDirectory(tmp_path, "several").last.glob("model_ema*")}
+    assert files == {"model_ema.safetensors", "model_ema_0.5.safetensors"}
+    with pytest.raises(UserError, match="averages was None, is .*model_ema_0.5"):
+        run(config("training.steps=2", averages))
 
 
 def test_the_students_file_decodes_in_one_step_and_its_run_belongs_to_its_teacher(config, tmp_path):

@@ -1,4 +1,4 @@
-"""Exports have the layouts of their peers, and come back as they went."""
+"""What was exported comes back as it went; foreign caches are imported, and damaged or hostile ones named."""
 
 from __future__ import annotations
 
@@ -6,248 +6,57 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from torchvision.datasets import DatasetFolder
 
 from latent_cache import LatentDataset
 from latent_cache.__main__ import main
-from latent_cache.config import ExportConfig, ImportConfig
-from latent_cache.peers import export as export_module
-from latent_cache.peers import lightningdit
-from latent_cache.peers.export import export
-from latent_cache.peers.importing import import_latents
-from latent_cache.read.stored_rows import stored_rows
+from latent_cache.peers.export import ExportConfig, export
+from latent_cache.peers.formats import FORMATS, readable
+from latent_cache.peers.importing import ImportConfig, import_latents
 from latent_cache.verify import verify
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
 from ssdd.model.latent import LatentNorm
-from tests.latent_cache.straight import files
-from tests.latent_cache.synthetic import FINGERPRINT, make_cache
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-@pytest.fixture(scope="module")
-def posterior_cache(tmp_path_factory):
-    """50 posteriors [2, 3 channels, 4, 4] with both views, far from mean 0 and deviation 1, in shards of 16."""
-    means = normal(50, 2, 3, 4, 4) * [[[2.0]], [[0.1]], [[1.0]]] + [[[1.0]], [[-0.2]], [[0.0]]]
-    rows = np.concatenate([means, normal(50, 2, 3, 4, 4, seed=1) - 2], 2)
-    return make_cache(tmp_path_factory.mktemp("p") / "cache", rows, content="moments", shard=16)
-
-
-@pytest.fixture(scope="module")
-def mean_cache(tmp_path_factory):
-    """50 means with both views."""
-    rows = normal(50, 2, 3, 4, 4) * [[[2.0]], [[0.1]], [[1.0]]] + [[[1.0]], [[-0.2]], [[0.0]]]
-    return make_cache(tmp_path_factory.mktemp("m") / "cache", rows, shard=16)
-
-
-def values(cache, view=0):
-    """Stored values of a view, float32 [n, K, h, w], and labels."""
-    parts = list(stored_rows(cache, np.arange(len(cache)), chunk=16))
-    rows = torch.from_numpy(np.concatenate([part.values[:, view] for part in parts])).float()
-    return rows, np.concatenate([part.labels for part in parts])
-
-
-def stored(folder, view=0):
-    """(means, logvars or None, labels) of a cache, raw, float32."""
-    cache = LatentDataset(folder)
-    rows, labels = values(cache, view)
-    channels = cache.latent_shape[0]
-    logvars = rows[:, channels:] + 2 * cache.norm.std.log().view(-1, 1, 1) if cache.has_moments else None
-    return cache.norm.denormalise(rows[:, :channels]).numpy(), logvars, labels
-
-
-def test_fast_dit_gets_normalised_latents_and_labels_by_number(mean_cache, tmp_path):
-    export(ExportConfig(str(mean_cache), "fast-dit", str(tmp_path / "out")))
-    cache = LatentDataset(mean_cache)
-    latents, labels = cache.gather(range(50))
-    for i in (0, 17, 49):
-        feature = np.load(tmp_path / f"out/imagenet256_features/{i}.npy")
-        label = np.load(tmp_path / f"out/imagenet256_labels/{i}.npy")
-        assert feature.shape == (1, 3, 4, 4) and feature.dtype == np.float32 and label.shape == (1,)
-        assert np.array_equal(feature[0], latents[i]) and label[0] == labels[i]
-    assert len(list((tmp_path / "out/imagenet256_features").iterdir())) == 50
-
-
-def test_samples_for_fast_dit_have_unit_variance_and_belong_to_the_seed_alone(posterior_cache, tmp_path):
-    export(ExportConfig(str(posterior_cache), "fast-dit", str(tmp_path / "a")))
-    export(ExportConfig(str(posterior_cache), "fast-dit", str(tmp_path / "b"), seed=1))
-    a, b = (np.stack([np.load(tmp_path / f"{name}/imagenet256_features/{i}.npy") for i in range(50)]) for name in "ab")
-    assert np.allclose(a.std((0, 1, 3, 4)), 1, atol=0.1) and np.allclose(a.mean((0, 1, 3, 4)), 0, atol=0.15)
-    assert not np.allclose(a, b)
-
-
-def test_lightningdit_gets_raw_latents_of_both_views_and_its_statistics(mean_cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(lightningdit, "BLOCK", 20)
-    export(ExportConfig(str(mean_cache), "lightningdit", str(tmp_path / "out")))
-    names = [f"latents_rank00_shard{number:03d}.safetensors" for number in range(3)]
-    assert sorted(os.listdir(tmp_path / "out")) == ["export.json", *names, "latents_stats.pt"]
-    parts = [load_file(tmp_path / "out" / name) for name in names]
-    assert [len(part["labels"]) for part in parts] == [20, 20, 10]
-    assert parts[0]["latents"].dtype == np.float32 and parts[0]["labels"].dtype == np.int64
-    for key, view in (("latents", 0), ("latents_flip", 1)):
-        expected, _, labels = stored(mean_cache, view)
-        assert np.array_equal(np.concatenate([part[key] for part in parts]), expected)
-        assert np.array_equal(np.concatenate([part["labels"] for part in parts]), labels)
-    statistics = torch.load(tmp_path / "out/latents_stats.pt", weights_only=True)
-    assert statistics["mean"].shape == statistics["std"].shape == (1, 3, 1, 1)
-    as_its_loader = (torch.from_numpy(parts[0]["latents"]) - statistics["mean"]) / statistics["std"]
-    assert torch.allclose(as_its_loader, LatentDataset(mean_cache).gather(range(20))[0], atol=1e-5)
-
-
-def test_repa_gets_means_and_deviations_and_a_list_of_labels(posterior_cache, tmp_path):
-    export(ExportConfig(str(posterior_cache), "repa", str(tmp_path / "out")))
-    entries = json.loads((tmp_path / "out/dataset.json").read_text())["labels"]
-    means, logvars, labels = stored(posterior_cache)
-    assert entries[7] == ["00000/img-mean-std-00000007.npy", int(labels[7])] and len(entries) == 50
-    rows = np.stack([np.load(tmp_path / "out" / name) for name, _ in entries])
-    assert rows.dtype == np.float32 and rows.shape == (50, 6, 4, 4)
-    assert np.array_equal(rows[:, :3], means)
-    assert np.allclose(rows[:, 3:], np.exp(0.5 * logvars.numpy()), rtol=1e-5)
-
-
-def test_repa_of_means_has_deviation_0_and_says_so(mean_cache, tmp_path, caplog):
-    export(ExportConfig(str(mean_cache), "repa", str(tmp_path / "out")))
-    row = np.load(tmp_path / "out/00000/img-mean-std-00000003.npy")
-    assert np.array_equal(row[:3], stored(mean_cache)[0][3]) and not row[3:].any()
-    assert "content=moments" in caplog.text
-
-
-def test_code_that_multiplies_with_a_literal_sees_unit_variance(posterior_cache, tmp_path):
-    export(ExportConfig(str(posterior_cache), "repa", str(tmp_path / "out"), scaling_factor=0.18215))
-    rows = np.stack([np.load(path) for path in sorted((tmp_path / "out/00000").iterdir())]) * 0.18215
-    assert np.allclose(rows[:, :3].var((0, 2, 3)) + (rows[:, 3:] ** 2).mean((0, 2, 3)), 1, atol=0.1)
-    with pytest.raises(UserError, match="for format=repa and format=mar only"):
-        export(ExportConfig(str(posterior_cache), "fast-dit", str(tmp_path / "no"), scaling_factor=0.2))
-
-
-def test_mar_gets_moments_of_both_views_in_a_folder_a_class(posterior_cache, tmp_path):
-    export(ExportConfig(str(posterior_cache), "mar", str(tmp_path / "out")))
-    labels = stored(posterior_cache)[2]
-    assert labels[13] == 3
-    found = np.load(tmp_path / "out/class 3/000000013.npz", allow_pickle=False)
-    for key, view in (("moments", 0), ("moments_flip", 1)):
-        means, logvars, _ = stored(posterior_cache, view)
-        assert np.allclose(found[key], np.concatenate([means[13], logvars[13]]), atol=1e-6)
-    tree = DatasetFolder(tmp_path / "out", loader=np.load, extensions=(".npz",))  # as MAR reads it
-    numbers = [int(Path(path).stem) for path, _ in tree.samples]
-    assert sorted(numbers) == list(range(50)) and tree.targets == labels[numbers].tolist()
-
-
-def test_folders_of_classes_that_do_not_sort_are_numbered():
-    from latent_cache.peers.mar import class_folders
-
-    assert class_folders(["n01", "n02"]) == ["n01", "n02"]
-    assert class_folders([str(label) for label in range(11)])[10] == "0010"
-    assert class_folders(["a/b", "c"]) == class_folders(["b", "a"]) == class_folders(["a", "a"]) == ["0000", "0001"]
-
-
-@pytest.mark.parametrize("layout", ["lightningdit", "mar"])
-def test_mirrored_views_that_are_missing_are_asked_for(means, tmp_path, layout):
-    with pytest.raises(UserError, match=r"views\.flip=true, or pass flips=repeat"):
-        export(ExportConfig(str(means), layout, str(tmp_path / "out")))
-    assert not list(tmp_path.iterdir())
-    export(ExportConfig(str(means), layout, str(tmp_path / "out"), flips="repeat"))
-    if layout == "lightningdit":
-        (part,) = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
-        assert np.array_equal(part["latents"], part["latents_flip"])
-
-
-@pytest.mark.parametrize("layout", ["fast-dit", "lightningdit", "repa", "mar"])
-def test_a_dry_run_says_how_many_and_how_large_and_writes_nothing(posterior_cache, tmp_path, layout, capsys):
-    arguments = ["export", f"cache={posterior_cache}", f"format={layout}", f"out={tmp_path / 'out'}"]
-    assert main([*arguments, "dry_run=true"]) == 0
-    told = capsys.readouterr().out
-    assert "50 latents of train" in told and not list(tmp_path.iterdir())
-    assert main(arguments) == 0
-    names = ("export.json", "dataset.json", "latents_stats.pt")
-    found = sum(len(data) for name, data in files(tmp_path / "out").items() if name not in names)
-    assert found == pytest.approx(int(told.split(" bytes")[0].split()[-1]), abs=400 if layout == "lightningdit" else 0)
-
-
-@pytest.mark.parametrize("layout", ["fast-dit", "lightningdit", "repa", "mar"])
-def test_an_interrupted_export_goes_on_and_ends_with_the_same_bytes(posterior_cache, tmp_path, layout, monkeypatch):
-    peer = export_module.FORMATS[layout]
-    monkeypatch.setattr(peer, "BLOCK", 16)
-    export(ExportConfig(str(posterior_cache), layout, str(tmp_path / "straight")))
-    write, calls = peer.write, []
-
-    def write_twice(*given):
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append(given)
-        write(*given)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(peer, "write", write_twice)
-        export(ExportConfig(str(posterior_cache), layout, str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match=r"out\.partial is not an unfinished export of the same"):
-        export(ExportConfig(str(posterior_cache), layout, str(tmp_path / "out"), seed=1))
-    with monkeypatch.context() as patch:
-        patch.setattr(peer, "write", lambda *given: (calls.append(given), write(*given)))
-        export(ExportConfig(str(posterior_cache), layout, str(tmp_path / "out")))
-        export(ExportConfig(str(posterior_cache), layout, str(tmp_path / "out")))  # finished: at once
-    assert len(calls) == 4
-    assert files(tmp_path / "out") == files(tmp_path / "straight")
-    assert sorted(os.listdir(tmp_path)) == ["out", "straight"]
+from tests.kills import Command, files, later_and_later
+from tests.latent_cache.synthetic import FINGERPRINT, normal, stored
 
 
 @pytest.mark.parametrize("layout", ["fast-dit", "repa"])
 def test_an_export_and_an_import_killed_again_and_again_end_with_the_same_bytes(mean_cache, tmp_path, layout):
     there, back = tmp_path / "there", tmp_path / "back"
+    moments = later_and_later(first=7, step=5)
     export(ExportConfig(str(mean_cache), layout, str(tmp_path / "straight")))
-    killed("export", f"cache={mean_cache}", f"format={layout}", f"out={there}")
+    arguments = ["export", f"cache={mean_cache}", f"format={layout}", f"out={there}"]
+    assert Command("latent_cache", arguments).run(moments).kills >= 5
     assert files(there) == files(tmp_path / "straight")
     import_latents(ImportConfig(layout, str(there), str(tmp_path / "straight_back"), samples_per_shard=5))
-    killed("import", f"format={layout}", f"source={there}", f"out={back}", "samples_per_shard=5")
+    arguments = ["import", f"format={layout}", f"source={there}", f"out={back}", "samples_per_shard=5"]
+    assert Command("latent_cache", arguments).run(moments).kills >= 5
     assert files(back) == files(tmp_path / "straight_back")
 
 
-def killed(*arguments):
-    """Run a command whose processes are killed, more and more of its work later, until one ends."""
-    script = [sys.executable, str(Path(__file__).with_name("killed.py")), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(script, env=environment, check=True, capture_output=True, timeout=120)
-    assert int(ended.stdout.split()[-1]) >= 5
-
-
-def test_a_folder_in_the_way_is_left_alone(mean_cache, tmp_path):
-    (tmp_path / "mine").write_text("mine")
-    with pytest.raises(UserError, match="exists and is not this export"):
-        export(ExportConfig(str(mean_cache), "repa", str(tmp_path)))
-    assert os.listdir(tmp_path) == ["mine"]
-
-
-@pytest.mark.parametrize("layout", ["fast-dit", "lightningdit", "repa"])
+@pytest.mark.parametrize("layout", readable())
 def test_what_was_exported_comes_back_unchanged(mean_cache, posterior_cache, tmp_path, layout):
-    folder = posterior_cache if layout == "repa" else mean_cache
+    peer = FORMATS[layout]
+    folder = posterior_cache if peer.posteriors else mean_cache
     export(ExportConfig(str(folder), layout, str(tmp_path / "there")))
     import_latents(ImportConfig(layout, str(tmp_path / "there"), str(tmp_path / "back"), samples_per_shard=20))
     before, after = LatentDataset(folder), LatentDataset(tmp_path / "back", verify="full")
-    first, again = values(before)[0], values(after)[0]
-    if layout == "fast-dit":
+    first, again = stored(before)[0], stored(after)[0]
+    if peer.normalised:
         assert torch.equal(first, again)
     else:  # float32 of raw values: nothing larger than the spacing of float32 at the raw mean is lost
         moved = (first - again).abs()
         assert moved[:, :3].max() <= 1e-6 and (moved[:, :3] > 0).float().mean() < 0.01
         assert (moved[:, 3:] <= 2e-3 * first[:, 3:].abs()).all()
-    if layout == "lightningdit":
-        flips = [values(cache, view=1)[0] for cache in (before, after)]
+    if peer.both_views:
+        flips = [stored(cache, view=1)[0] for cache in (before, after)]
         assert (flips[0] - flips[1]).abs().max() <= 1e-6
-    assert after.manifest["views"] == (before.manifest["views"] if layout == "lightningdit" else ["npy"])
+    assert after.manifest["views"] == (before.manifest["views"] if peer.both_views else ["npy"])
     assert np.array_equal(before.labels, after.labels) and before.class_names == after.class_names
     assert (tmp_path / "back/z_stats.json").read_bytes() == (folder / "z_stats.json").read_bytes()
     for key in ("tokenizer", "dataset", "content"):
@@ -298,6 +107,20 @@ def test_the_literal_of_a_foreign_fast_dit_cache_is_taken_out(tmp_path):
     assert cache.labels.tolist() == [i % 4 for i in range(12)]
     with pytest.raises(UserError, match="labels 0 to 3: expected labels of 2 classes"):
         import_latents(ImportConfig("fast-dit", str(tmp_path / "fast"), str(tmp_path / "other"), classes=2))
+
+
+def test_a_scaling_factor_that_is_named_is_taken_out_of_means_and_deviations(posterior_cache, mean_cache, tmp_path):
+    for layout, folder in (("lightningdit", mean_cache), ("repa", posterior_cache)):
+        export(ExportConfig(str(folder), layout, str(tmp_path / layout)))
+        (tmp_path / layout / "export.json").unlink()
+        found = []
+        for factor in (None, 0.5):
+            out = tmp_path / f"{layout}-{factor}"
+            import_latents(ImportConfig(layout, str(tmp_path / layout), str(out), scaling_factor=factor))
+            found.append(LatentDataset(out))
+        once, twice = found
+        assert torch.allclose(twice.norm.mean, 2 * once.norm.mean) and torch.allclose(twice.norm.std, 2 * once.norm.std)
+        assert torch.allclose(stored(once)[0], stored(twice)[0], atol=2e-3)
 
 
 def test_nobody_decodes_latents_of_an_encoder_that_nobody_named(tmp_path, tokenizer, capsys):
@@ -399,7 +222,7 @@ def test_a_damaged_source_is_named(mean_cache, tmp_path, damage, message):
         import_latents(ImportConfig("fast-dit", str(tmp_path / "there"), str(tmp_path / "back")))
 
 
-@pytest.mark.parametrize("layout", ["lightningdit", "repa", "fast-dit"])
+@pytest.mark.parametrize("layout", readable())
 def test_another_format_is_told_from_its_files(tmp_path, layout):
     with pytest.raises(UserError, match="is not a cache of"):
         import_latents(ImportConfig(layout, str(tmp_path), str(tmp_path / "out")))
