@@ -24,7 +24,7 @@ from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.tables import Column
 from ssdd.engine.throughput import count_forward_flop
-from ssdd.model.decoder import DECODER_SIZES
+from ssdd.model.decoder_families import decoder_names
 
 PEER = "AutoencoderKL"
 ENCODER, STRIDE = "f16c4", 16
@@ -50,7 +50,7 @@ class Settings(Rounds):
 
     model: str | None = field(default=None, metadata={"choices": NAMES})
     """DiT of both chains; null is DiT-XL/2 on CUDA and DiT-S/2 on a CPU."""
-    decoder: str = field(default="M", metadata={"choices": tuple(DECODER_SIZES)})
+    decoder: str = field(default="M", metadata={"choices": decoder_names})
     """Our decoder's size."""
     side: int = 256
     """Pixels of the image's sides."""

@@ -12,6 +12,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from bench.ceilings import measure_ceilings
 from bench.networks import LATENTS, OURS, PEERS
 from bench.processes import measure_in_turn
@@ -21,7 +23,7 @@ from bench.tokenizer_job import PLAIN, Job
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.tables import Column
-from ssdd.model.decoder import DECODER_SIZES, DECODER_STRIDE
+from ssdd.model.decoder_families import UVIT, decoder_names, parse_decoder
 from ssdd.model.encoder import parse_encoder_name
 
 TASKS = ("decode", "encode", "train")
@@ -35,8 +37,8 @@ class Settings(Forms):
     """decode: latents to images. encode: images to posteriors; one encoder, whatever the decoders. train: a step of
     flow matching alone, with backward pass and optimizer, compared with the plain form of the same decoder (no
     peers)."""
-    decoder: list[str] = field(default_factory=lambda: ["S", "M"], metadata={"choices": tuple(DECODER_SIZES)})
-    """Decoder sizes."""
+    decoder: list[str] = field(default_factory=lambda: ["S", "M"], metadata={"choices": decoder_names})
+    """Decoder sizes; task=train has those of the U-ViT."""
     encoder: str = "f8c4"
     """Stride and channels of our latents."""
     peers: list[str] = field(default_factory=lambda: list(PEERS), metadata={"choices": tuple(PEERS)})
@@ -75,11 +77,16 @@ def check(settings: Settings) -> None:
     check_positive(settings, "side", "batch", "steps", "rounds")
     check_lists(settings, "decoder", "dtype", "compile")
     try:
-        stride, _ = parse_encoder_name(settings.encoder)
+        stride, channels = parse_encoder_name(settings.encoder)
     except ValueError as error:
         raise UserError(str(error)) from None
     peers = settings.peers if settings.task != "train" else []
-    multiple = math.lcm(DECODER_STRIDE, stride, *(LATENTS[peer][0] for peer in peers))
+    if settings.task == "train" and (others := [name for name in settings.decoder if name not in UVIT.sizes]):
+        raise UserError(f"decoder={others}: task=train has the plain form of the U-ViT alone: {', '.join(UVIT.sizes)}")
+    with torch.device("meta"):
+        decoders = [family.build(size, stride, channels) for family, size in map(parse_decoder, settings.decoder)]
+    ours = [decoder.pixel_multiple for decoder in decoders]
+    multiple = math.lcm(stride, *ours, *(LATENTS[peer][0] for peer in peers))
     if bad := [side for side in settings.side if side % multiple]:
         raise UserError(f"side={bad}: encoder={settings.encoder} and the peers need multiples of {multiple}")
 

@@ -114,11 +114,11 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                     loss = weighted_sum(terms, weights)
                     update.backward(loss / training.grad_accumulate)
                 means.add({"loss": loss, **terms}, 1 / training.grad_accumulate)
-                bad.see(loss)
+                bad.add(loss)
 
             # Optimise, average.
             norm = update.apply(lr)
-            bad.see(None if scaler.is_enabled() else norm)  # a scaler skips such steps
+            bad.add(None if scaler.is_enabled() else norm)  # a scaler skips such steps
             update_averages(averages, parameters)
             state.step = done = step + 1
             means.add({"grad_norm": norm})

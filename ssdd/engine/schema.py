@@ -7,6 +7,7 @@ import enum
 import re
 import types
 import typing
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
@@ -49,6 +50,23 @@ def schema_fields(schema: type, prefix: str = "") -> dict[str, SchemaField]:
         if group is not None:
             found |= schema_fields(group, f"{prefix}{field.name}.")
     return found
+
+
+def with_keys(keys: Mapping[str, tuple[type, Any, str]]) -> Callable[[type], type]:
+    """Decorator of a config dataclass: adds keys that a table decides, as name -> (type, default, documentation).
+
+    The default of a group, a dataclass, is `...`: that of its own fields.
+    """
+
+    def extended(base: type) -> type:
+        fields = []
+        for name, (kind, default, doc) in keys.items():
+            given = {"default_factory": kind} if default is ... else {"default": default}
+            fields.append((name, kind, dataclasses.field(**given, metadata={"doc": doc})))
+        namespace = {"__doc__": base.__doc__, "__module__": base.__module__}
+        return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), namespace=namespace)
+
+    return extended
 
 
 class Alias(NamedTuple):

@@ -45,8 +45,8 @@ def help_text(schema: type, program: str, description: str) -> str:
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """Field name -> the string literal after the field in the source of ``schema`` or of a class it extends."""
-    docs: dict[str, str] = {}
+    """Field name -> metadata `doc`, or the string literal after the field in the source of a class of ``schema``."""
+    docs = {field.name: field.metadata["doc"] for field in dataclasses.fields(schema) if "doc" in field.metadata}
     for cls in reversed(schema.__mro__):
         if not dataclasses.is_dataclass(cls):
             continue

@@ -168,25 +168,6 @@ def _dreamsim_folder() -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class PerceptualMetric:
-    """A distance of images to their originals in an evaluation, as the mean over the images.
-
-    weights: that it needs, by their name in `PRETRAINED`; build: its network, from the device; is_here: whether it can
-    be built on this machine, where that takes more than the weights. label, decimals: of its column in tables.
-    """
-
-    weights: str
-    build: Callable[[torch.device | str], Lpips | FeatureDistance | DreamSim]
-    label: str
-    decimals: int = 4
-    is_here: Callable[[], bool] | None = None
-
-    def found(self) -> bool:
-        """Whether all that it needs is on this machine."""
-        return self.is_here() if self.is_here else has(self.weights)
-
-
 def _dreamsim_is_here() -> bool:
     try:
         _dreamsim_folder()
@@ -195,15 +176,32 @@ def _dreamsim_is_here() -> bool:
     return importlib.util.find_spec("dreamsim") is not None
 
 
+@dataclass(frozen=True)
+class PerceptualMetric:
+    """An entry of `PERCEPTUAL_METRICS`: a distance, of which less is better."""
+
+    build: Callable[[torch.device | str], nn.Module]
+    """Device -> a module with `features` of images [B, 3, H, W] in [-1, 1], and `distance` [B] of two such features."""
+    is_here: Callable[[], bool]
+    """Whether the weights (and package) that it needs are on this machine."""
+    label: str
+    """Of its column in tables."""
+    network: str
+    """The pretrained network that it is measured with, by its name in `PRETRAINED`."""
+    decimals: int = 4
+
+
 PERCEPTUAL_METRICS = {
-    "LPIPS": PerceptualMetric("alexnet", lambda device: Lpips("alex", padded=True), "LPIPS"),
-    "lite0_distance": PerceptualMetric("efficientnet_lite0", lambda device: FeatureDistance(), "Lite0 distance"),
-    "DreamSim": PerceptualMetric("dreamsim", DreamSim, "DreamSim", is_here=_dreamsim_is_here),
+    "LPIPS": PerceptualMetric(lambda _: Lpips("alex", padded=True), lambda: has("alexnet"), "LPIPS", "alexnet"),
+    "lite0_distance": PerceptualMetric(
+        lambda _: FeatureDistance(), lambda: has("efficientnet_lite0"), "Lite0 distance", "efficientnet_lite0"
+    ),
+    "DreamSim": PerceptualMetric(DreamSim, _dreamsim_is_here, "DreamSim", "dreamsim"),
 }
-"""Key of a result -> metric; less of any is better."""
+"""Every perceptual distance that an evaluation can measure; one is added here alone."""
 
 
-def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, Lpips | FeatureDistance | DreamSim]:
+def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, nn.Module]:
     """The perceptual metrics among `names`; "auto" stands for all whose weights (and package) are on this machine.
 
     UserError for one that is named and missing.
@@ -211,14 +209,12 @@ def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, 
     return {
         name: metric.build(device).to(device)
         for name, metric in PERCEPTUAL_METRICS.items()
-        if name in names or ("auto" in names and metric.found())
+        if name in names or ("auto" in names and metric.is_here())
     }
 
 
 def automatic_without_weights(names: Sequence[str]) -> list[str]:
     """Perceptual metrics of "auto" among `names` whose weights are not found."""
-    return [
-        name
-        for name, metric in PERCEPTUAL_METRICS.items()
-        if "auto" in names and name not in names and not metric.found()
-    ]
+    if "auto" not in names:
+        return []
+    return [name for name, metric in PERCEPTUAL_METRICS.items() if name not in names and not metric.is_here()]

@@ -27,14 +27,14 @@ from ssdd.engine.random import seed_of
 from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.running_means import RunningMeans
-from ssdd.engine.sharding import shard
+from ssdd.engine.sharding import shard, sharded_blocks
 from ssdd.engine.state import Auxiliary, Average, OptimizerState, TrainingState, Weights
 from ssdd.engine.throughput import Throughput
 from ssdd.engine.training_checks import FirstBadStep
 from ssdd.losses.objective import weighted_sum
 from ssdd.model.tokenizer import SSDD
 from ssdd.tasks.adversary_training import AdversaryTraining
-from ssdd.tasks.build import build_discriminator, build_objective, build_tokenizer, flop_per_image, sharded_blocks
+from ssdd.tasks.build import build_discriminator, build_objective, build_tokenizer, flop_per_image
 from ssdd.tasks.dry_run import dry_run
 from ssdd.tasks.looks import Looks
 from ssdd.tasks.training_images import TrainingImages
@@ -67,12 +67,12 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     looks = Looks(cfg, network, processes, precision)
     if training.fsdp:
         shard(objective, sharded_blocks(network), device, world)
-    parameters, heads = trained(network, objective)
+    parameters, heads = trainable(network, objective)
     groups = parameter_groups(parameters | heads, objective, training.weight_decay)
     optimizer = build_optimizer(training.optimizer, groups, training.lr, training.betas)
     scaler = precision.loss_scaler()
     update = GradientStep(optimizer, [*parameters.values(), *heads.values()], training.grad_clip, scaler)
-    adversary = AdversaryTraining(cfg, discriminator, objective.images, precision)
+    adversary = AdversaryTraining(cfg, discriminator, precision)
     averages = build_averages(training.ema, parameters, steps)
     means = RunningMeans([*objective.terms, *adversary.terms, "grad_norm"], device)
     bad = FirstBadStep(device)
@@ -118,16 +118,16 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 x, draws, stored = batch.rows(part)
                 with gradients_kept(model, more):
                     with precision.autocast():
-                        terms = model(x, draws, active, *stored)
+                        terms, predicted = model(x, draws, active, *stored)
                     loss = weighted_sum(terms, vars(cfg.losses)) / training.grad_accumulate
                     update.backward(loss)
-                terms |= adversary.backward(x, more)
+                terms |= adversary.backward(x, predicted, more)
                 means.add(terms, 1 / training.grad_accumulate)
-                bad.see(loss, terms.get("gan_train"))
+                bad.add(loss, terms.get("gan_train"))
 
             # Optimise, average.
             norm, adversary_norm = update.apply(lr), adversary.apply(lr)
-            bad.see(adversary_norm, None if scaler.is_enabled() else norm)  # a scaler skips such steps
+            bad.add(adversary_norm, None if scaler.is_enabled() else norm)  # a scaler skips such steps
             update_averages(averages, averaged_weights(optimizer, parameters))
             state.step = done = step + 1
             means.add({"grad_norm": norm})
@@ -186,7 +186,7 @@ def check(cfg: SSDDConfig, steps: int) -> None:
         raise UserError("training.fsdp=true does not support compiled networks yet: set training.compile=false")
 
 
-def trained(network: SSDD, objective: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def trainable(network: SSDD, objective: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """What the optimizer trains, by name: the network's own parameters, and those of losses, such as REPA's heads."""
     repa = getattr(objective, "repa", None)
     heads = {} if repa is None else dict(repa.named_parameters(prefix="repa_loss"))

@@ -13,6 +13,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file
 from ssdd.engine.pretrained import TIMM_PREFIX
 from ssdd.fidelity.features import LITE0, TIMM_ALIASES
+from ssdd.losses.image_losses import pretrained_networks
 
 TASKS = {"eval": "Reconstruction", "evaluate": "Generation"}
 NOT_RECORDED = "not recorded"
@@ -97,9 +98,9 @@ def trained_on(reference: str | None, beside: Path) -> set[str] | None:
     config = next((found for place in places if (found := read_config(place / "config.yaml")).get("losses")), None)
     if config is None:
         return None
-    features = config["aux_losses"]["features"]["model"]
-    named = {"lpips": "vgg16", "repa": config["aux_losses"]["repa"]["model"], "features": features}
-    networks = {canonical(network) for loss, network in named.items() if config["losses"][loss]}
+    weights, options = config["losses"], config["aux_losses"]
+    used = [*pretrained_networks(weights, options), *[options["repa"]["model"]] * bool(weights["repa"])]
+    networks = {canonical(network) for network in used}
     for earlier in {config["ssdd"]["checkpoint"], config["ssdd"]["encoder_checkpoint"]} - {None, reference}:
         before = trained_on(earlier, beside)
         if before is None:

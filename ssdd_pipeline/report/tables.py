@@ -102,7 +102,7 @@ def quality_table(evaluation: FinishedEvaluation, network: str) -> Table:
         if metric.label
     ]
     pixels += [
-        Metric(metric.label, "↓", number(key, metric.decimals), metric.weights)
+        Metric(metric.label, "↓", number(key, metric.decimals), metric.network)
         for key, metric in PERCEPTUAL_METRICS.items()
     ]
     pixels.append(Metric("noise R²", "", number("noise_r2", 3)))
