@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_cache.write.channel_statistics import ChannelStatistics
 from latent_cache.write.folder import CacheFolder, Job, put
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
@@ -25,6 +24,7 @@ from ssdd.images.batches import read_batches
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.pixels import from_uint8
 from ssdd.images.sources import DatasetConfig, ImageSource
+from ssdd.model.channel_statistics import ChannelStatistics
 from ssdd.model.tokenizer import SSDD
 
 
