@@ -61,7 +61,7 @@ def measure_once(
     What was measured before for the same images, treatment and weights is a file in the folder `cache` (None stores
     nothing). kept: features are kept of so many images at most, always the same ones.
     """
-    described = processes.agree(lambda: {network.name: provenance_of(images, network, kept) for network in networks})
+    described = processes.agree(lambda: provenance_of(images, networks, kept))
     files = {name: cache / f"{sha256_json(own)}.safetensors" for name, own in described.items()} if cache else {}
     known = processes.agree(lambda: [name for name, file in files.items() if file.is_file()])
     missing = [network for network in networks if network.name not in known]
@@ -79,17 +79,23 @@ def measure_once(
     return {network.name: measured.get(network.name) or load_statistics(files[network.name])[0] for network in networks}
 
 
-def provenance_of(images: ImageSet, network: FeatureNetwork, kept: int = KEPT_IMAGES) -> dict[str, Any]:
-    """What the statistics of a set are a function of: network, weights, resize, crop, size, counts, fingerprint."""
+def provenance_of(
+    images: ImageSet, networks: Sequence[FeatureNetwork], kept: int = KEPT_IMAGES
+) -> dict[str, dict[str, Any]]:
+    """Network name -> what the statistics of a set are a function of: network, weights, resize, crop, size, counts,
+    fingerprint.
+    """
+    if not networks:
+        return {}
     treatment = images.treatment
-    return {
-        **network.provenance(),
+    of_images = {
         "crop": treatment.crop,
         "size": list(treatment.size) if treatment.size else None,
         "count": len(images),
         "kept_features": min(kept, len(images)),
         "fingerprint": images.fingerprint(),
     }
+    return {network.name: network.provenance() | of_images for network in networks}
 
 
 def save_statistics(path: str | Path, statistics: Statistics, provenance: dict[str, Any]) -> None:

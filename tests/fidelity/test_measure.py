@@ -93,8 +93,8 @@ def test_a_split_is_a_set_that_is_measured_once_and_its_key_knows_what_is_skippe
     assert torch.equal(first.features, images.dataset.pixels(range(12)).double().mean(dim=(2, 3)).float())
     same_images = (SplitImages(cfg, "val"), SplitImages(replace(cfg, workers=1), "val"))
     others = (replace(cfg, limit=11), replace(cfg, crop="adm"), replace(cfg, on_corrupt="skip"))
-    assert len({sha256_json(provenance_of(each, network)) for each in (images, *same_images)}) == 1
-    assert len({sha256_json(provenance_of(SplitImages(other, "val"), network)) for other in (cfg, *others)}) == 4
+    assert len({sha256_json(provenance_of(each, [network])) for each in (images, *same_images)}) == 1
+    assert len({sha256_json(provenance_of(SplitImages(other, "val"), [network])) for other in (cfg, *others)}) == 4
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -105,7 +105,7 @@ def test_a_statistics_file_stands_for_its_images_and_says_where_it_comes_from(tm
     expected = measured_once(images, network, 4, tmp_path / "cache")
     path = next((tmp_path / "cache").iterdir())
     stored, provenance = load_statistics(path)
-    assert same(stored, expected) and provenance == provenance_of(images, network)
+    assert same(stored, expected) and provenance == provenance_of(images, [network])["inception"]
     assert provenance | {"fingerprint": ""} == {
         "network": "inception", "dim": 3, "checksum": "aa", "resize": "none",
         "crop": "adm", "size": [4, 4], "count": 20, "kept_features": 20,
