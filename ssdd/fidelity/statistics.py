@@ -16,7 +16,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import sha256_json
 from ssdd.engine.processes import Processes
-from ssdd.engine.remote import cache_folder
+from ssdd.engine.user_cache import cache_folder
 from ssdd.fidelity.features import FeatureNetwork
 from ssdd.fidelity.measure import kept_of, measure
 from ssdd.fidelity.moments import Statistics
