@@ -20,7 +20,6 @@ from PIL import Image
 
 from latent_cache.__main__ import main as latent_cache_main
 from latent_cache.read.dataset import LatentDataset
-from ssdd import SSDD
 from ssdd.engine import remote as remote_module
 from ssdd.engine.errors import UserError
 from ssdd.images import shards
@@ -29,7 +28,7 @@ from ssdd.images.dataset import ImageDataset
 from ssdd.images.shards import index_tar
 from ssdd.images.sources import DatasetConfig, open_source
 from ssdd.main import main as ssdd_main
-from tests.small_tokenizer import ARGUMENTS
+from tests.small_tokenizer import ARGUMENTS, save_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "val")
@@ -359,12 +358,10 @@ def test_a_tokenizer_trained_on_shards_is_that_trained_on_folders(digits, tmp_pa
 
 
 def test_a_latent_cache_of_shards_is_that_of_folders(digits, tmp_path):
-    torch.manual_seed(0)
-    SSDD({"name": "f8c2", "width": 16}, "XXS", encoder_train=True).save_pretrained(tmp_path / "tokenizer")
-    caches = []
+    tokenizer, caches = save_encoder(tmp_path / "tokenizer"), []
     for cfg in (folder_settings(digits), settings(digits / "shards")):
         out = tmp_path / cfg.source
-        arguments = [f"tokenizer={tmp_path / 'tokenizer'}", f"dataset.source={cfg.source}", f"dataset.root={cfg.root}"]
+        arguments = [f"tokenizer={tokenizer}", f"dataset.source={cfg.source}", f"dataset.root={cfg.root}"]
         small = ["dataset.im_size=16", "samples_per_shard=16", "batch_size=8", "device=cpu"]
         assert latent_cache_main(["build", *arguments, *small, f"out={out}"]) == 0
         caches.append(LatentDataset(out, verify="full"))
