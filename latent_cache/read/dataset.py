@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_cache.manifest import STATISTICS, layout_of, load_manifest, shard_ranges
+from latent_cache.manifest import STATISTICS, check_split, layout_of, load_manifest, shard_ranges
 from latent_cache.read.batches import Batch, BatchSequence, Step
 from latent_cache.shard import Shard, shard_name
 from latent_cache.verify import split_problems, statistics_problems
@@ -46,8 +46,7 @@ class LatentDataset(torch.utils.data.Dataset):
             raise UserError(f"verify={verify}: expected one of {', '.join(VERIFY)}")
         self.path, self.split = Path(path), split
         self.manifest = load_manifest(path)
-        if split not in self.manifest["splits"]:
-            raise UserError(f"the cache {path} has no split {split!r}, only {', '.join(self.manifest['splits'])}")
+        check_split(self.manifest, split, path)
         if verify != "none":
             problems = [
                 *statistics_problems(self.path, self.manifest),
@@ -196,8 +195,7 @@ class LatentDataset(torch.utils.data.Dataset):
         self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[Step]:
         """What `batches` of the same arguments would read, without noise, for data that accompanies the latents."""
-        sequence = BatchSequence(self, self._order, noise=False)
-        return sequence.run(lambda step: step, batch_size, seed, start_step, rank, world)
+        return self._sequence.steps(batch_size, seed, start_step, rank, world)
 
     def read(self, step: Step) -> Batch:
         """The batch of one step."""

@@ -23,7 +23,7 @@ from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.images.sources import DatasetConfig
 from ssdd.model.tokenizer import SSDD
-from tests.dit.test_train import IN_STEP_7, command, folder, metrics, weights
+from tests.dit.test_train import command, folder, in_step, metrics, weights
 
 DIGITS = DatasetConfig(source="digits", im_size=32, limit=60, crop="adm")
 TEACHER = "vit_tiny_patch16_224"
@@ -60,7 +60,7 @@ def every_option(settings, teacher_weights, monkeypatch):
 def test_a_killed_run_with_every_option_resumes_to_the_same_bytes(every_option):
     straight, killed = every_option("straight"), every_option("killed")
     result = run(straight)
-    command(killed).kill(IN_STEP_7)
+    command(killed).kill(in_step(7, averages=2))
     run(killed)
     assert weights(killed) == weights(straight)
     assert metrics(killed) == metrics(straight)
@@ -106,7 +106,7 @@ def test_any_of_several_averages_can_be_sampled(every_option, tmp_path):
 def test_two_killed_processes_resume_to_the_same_bytes(every_option):
     straight, killed = every_option("straight"), every_option("killed")
     command(straight, processes=2).run()
-    command(killed, processes=2).kill(IN_STEP_7)
+    command(killed, processes=2).kill(in_step(7, averages=2))
     assert json.loads((folder(killed) / "checkpoints" / "last" / "state.json").read_text())["step"] == 4
     command(killed, processes=2).run()
     assert weights(killed) == weights(straight)
