@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from bench.table import Column, Results, bench_device, check_positive, print_head, print_machine, print_row
+from bench.report import Report
+from bench.settings import Rounds, check_positive
 from latent_cache.config import BuildConfig, adm_images
 from latent_cache.write.arithmetic import exact_arithmetic
 from latent_cache.write.build import build
 from ssdd import SSDD
 from ssdd.engine.cli import parse
 from ssdd.engine.devices import synchronize
+from ssdd.engine.tables import Column
 from ssdd.images.batches import read_split
 from ssdd.images.pixels import from_uint8
 
@@ -30,7 +32,7 @@ FILE_SIDES = (400, 300)  # of the JPEG files, which the builder decodes and resi
 
 
 @dataclass
-class Settings:
+class Settings(Rounds):
     """Building a cache of JPEG files from nothing, compared with the encoder alone on the same batches in memory."""
 
     images: int = 64
@@ -45,30 +47,25 @@ class Settings:
     """Of the encoder, on a CPU."""
     rounds: int = 3
     """Each is the encoder alone, then a build."""
-    json: str | None = None
-    """File for the results."""
 
 
 def builder(argv: list[str]) -> int:
     """A table of seconds and overhead per round, and the same as one line of JSON."""
     settings = parse(Settings, argv, program="bench builder", description=__doc__)
     check_positive(settings, "images", "side", "batch", "threads", "rounds")
-    device = bench_device()
-    print(f"Cache builder, {settings.images} images at {settings.side} px, {settings.encoder}")
-    print_machine(device)
-    results = Results("builder", settings, device, argv)
+    title = f"Cache builder, {settings.images} images at {settings.side} px, {settings.encoder}"
+    report = Report("builder", settings, argv, title)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_photographs(root / "images", settings.images)
         tokenizer = SSDD(settings.encoder, "XXS").eval()
         tokenizer.save_pretrained(root / "tokenizer")
-        tokenizer.encoder.to(device)
-        print_head(COLUMNS)
+        tokenizer.encoder.to(report.device)
+        report.begin(COLUMNS)
         for number in range(settings.rounds):
-            row = {"round": number + 1} | measure(root, f"cache{number}", tokenizer, settings, device)
-            print_row(COLUMNS, row)
-            results.add([row])
-    results.print()
+            row = {"round": number + 1} | measure(root, f"cache{number}", tokenizer, settings, report.device)
+            report.add([row])
+    report.end()
     return 0
 
 
@@ -91,8 +88,7 @@ def write_photographs(root: Path, count: int) -> None:
 
 def measure(root: Path, name: str, tokenizer: SSDD, settings: Settings, device: torch.device) -> dict[str, float]:
     """Seconds of the encoder alone and of a build from opening the files to the finished shards, loading included."""
-    dataset = adm_images()
-    dataset.source, dataset.root, dataset.im_size = "imagefolder", str(root / "images"), settings.side
+    dataset = replace(adm_images(), source="imagefolder", root=str(root / "images"), im_size=settings.side)
     cfg = BuildConfig(
         tokenizer=str(root / "tokenizer"),
         out=str(root / name),

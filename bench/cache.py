@@ -19,6 +19,7 @@ from latent_cache.manifest import FORMAT, STATISTICS, VERSION, layout_of, shard_
 from latent_cache.shard import shard_name, write_shard
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file, write_json
+from ssdd.engine.tables import aligned, fixed
 from ssdd.model.latent import LatentNorm
 
 SAMPLES, SHAPE, BATCH = 100_000, (4, 32, 32), 256
@@ -40,14 +41,16 @@ def cache() -> int:
         write_caches(root)
         rates = measure_readers(root)
         wait = measure_wait(root / "10")
-    stock = rates["webdataset"]
     print(
         f"{SAMPLES} latents of {SHAPE}, batch {BATCH}, global shuffle; samples/s over {ROUNDS} rounds, "
         f"{torch.get_num_threads()} threads"
     )
-    print("reader                        best    median  best / webdataset")
-    for name, rate in rates.items():
-        print(f"{name:24s} {rate['best']:9.0f} {rate['median']:9.0f} {rate['best'] / stock['best']:12.1f}")
+    stock = rates["webdataset"]["best"]
+    rows = [
+        [name, fixed(rate["best"], 0), fixed(rate["median"], 0), fixed(rate["best"] / stock, 1)]
+        for name, rate in rates.items()
+    ]
+    print(aligned(["reader", "best", "median", "best / webdataset"], rows, named=True))
     print(f"DiT-S/2, batch {STEP_BATCH}: {wait['step']:.2f} s per step, {wait['share']:.4%} of it waiting for data")
     print(json.dumps({"samples_per_s": rates, "training_step": wait}))
     return 0

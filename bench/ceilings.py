@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench.table import DTYPES
+from bench.settings import DTYPES
 from ssdd.engine.throughput import matmul_flops, seconds_a_call
 
 CALLS = 12  # of which the shortest counts

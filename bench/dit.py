@@ -12,24 +12,8 @@ from torch import Tensor, nn
 from bench.ceilings import CALLS
 from bench.networks import import_diffusers
 from bench.processes import Work, measure_in_turn
-from bench.table import (
-    DTYPES,
-    MEMORY,
-    PARAMETERS,
-    RATE,
-    SECONDS,
-    Column,
-    Results,
-    bench_device,
-    check_lists,
-    check_positive,
-    form,
-    print_head,
-    print_machine,
-    print_row,
-    rates,
-    ratio,
-)
+from bench.report import GFLOP, MEMORY, PARAMETERS, RATE, SECONDS, Report, rates, ratio
+from bench.settings import DTYPES, Forms, check_lists, check_positive, form
 from dit.config import DiTConfig
 from dit.model import NAMES, DiT
 from dit.objective import step_draws
@@ -37,6 +21,7 @@ from dit.tasks.build import build_objective, loss_weights
 from dit.time_convention import convention
 from ssdd.engine.cli import parse
 from ssdd.engine.optim import build_optimizer
+from ssdd.engine.tables import Column
 from ssdd.engine.throughput import count_flop, peak_flops
 from ssdd.losses.objective import weighted_sum
 
@@ -47,7 +32,7 @@ COLUMNS = (
     Column("model", "model", 9),
     Column("network", "network", 10),
     PARAMETERS,
-    Column("GFLOP/image", "gflop", 11, 1),
+    GFLOP,
     *SECONDS,
     RATE,
     MEMORY,
@@ -56,22 +41,14 @@ COLUMNS = (
 
 
 @dataclass
-class Settings:
+class Settings(Forms):
     """Forward, velocity loss, backward and AdamW as `task=train` makes them, on latents of 4 x 32 x 32; each network
     in its own process."""
 
     model: list[str] = field(default_factory=lambda: ["DiT-S/2", "DiT-B/2"], metadata={"choices": NAMES})
     """Sizes, one table row each."""
-    dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"choices": tuple(DTYPES)})
-    """bfloat16 is autocast; weights stay float32."""
-    compile: list[bool] = field(default_factory=lambda: [False], metadata={"choices": (False, True)})
-    """torch.compile both networks."""
     batch: int = 16
     """Latents per step."""
-    rounds: int = 5
-    """Rounds that count; networks alternate, so that other load on the machine affects both equally."""
-    json: str | None = None
-    """File for the results."""
 
 
 class Diffusers(nn.Module):
@@ -108,21 +85,17 @@ def dit(argv: list[str]) -> int:
     settings = parse(Settings, argv, program="bench dit", description=__doc__)
     check_positive(settings, "batch", "rounds")
     check_lists(settings, "model", "dtype", "compile")
-    device = bench_device()
-    print(f"Training step, batch {settings.batch}, {settings.rounds} rounds in turn")
-    print_machine(device)
-    peaks = {dtype: peak_flops(device, PRECISIONS[dtype], CALLS) for dtype in settings.dtype}
-    results = Results("dit", settings, device, argv, peak_flops=peaks)
+    report = Report("dit", settings, argv, f"Training step, batch {settings.batch}, {settings.rounds} rounds in turn")
+    peaks = {dtype: peak_flops(report.device, PRECISIONS[dtype], CALLS) for dtype in settings.dtype}
+    report.record(peak_flops=peaks)
     for dtype, compiled in itertools.product(settings.dtype, settings.compile):
         print(f"\n{dtype}, {form(compiled)}")
-        print_head(COLUMNS)
+        report.begin(COLUMNS)
         for name in settings.model:
             rows = measure(name, settings, dtype, compiled, peaks[dtype])
-            for row in rows:
-                print_row(COLUMNS, row)
-            print(f"{name:9s} {rows[0]['ratio']:.3f} times the rate of diffusers'", flush=True)
-            results.add(rows)
-    results.print()
+            report.add(rows)
+            print(f"{name} {rows[0]['ratio']:.3f} times the rate of diffusers'", flush=True)
+    report.end()
     return 0
 
 
@@ -157,7 +130,7 @@ def prepare(job: dict[str, Any], device: torch.device) -> Work:
     draws = step_draws(cfg, 0, shape, device)
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [{"params": trained, "weight_decay": cfg.training.weight_decay}]
-    optimizer = build_optimizer("adamw", groups, cfg.training.lr, (0.9, cfg.training.beta2))
+    optimizer = build_optimizer("adamw", groups, cfg.training.lr, cfg.training.betas)
 
     def loss(images: int) -> Tensor:
         part = slice(images)

@@ -58,16 +58,25 @@ def run(argv: list[str]) -> int:
 
 def scaling() -> int:
     """A table of best times, times per pixel relative to the smallest size, and peak resident memory."""
-    print("what       px     best s   ns/px   ratio   peak GiB")
+    from ssdd.engine.tables import Column, print_head, print_row
+
+    columns = (
+        Column("what", "what", 9),
+        Column("px", "side", 5, 0),
+        Column("best s", "seconds", 9, 3),
+        Column("ns/px", "pixel", 8, 0),
+        Column("ratio", "ratio", 7, 2),
+        Column("peak GiB", "peak_bytes", 9, 2, 2**-30),
+    )
+    print_head(columns)
     for what in ("attention", "decode"):
         first = None
         for side in SIDES:
             command = [sys.executable, str(PROGRAM), "_measure", what, str(side)]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout)
-            seconds, memory = found["seconds"], found["peak_bytes"] / 2**30
-            pixel = seconds / side**2 * 1e9
+            pixel = found["seconds"] / side**2 * 1e9
             first = first or pixel
-            print(f"{what:9s} {side:5d} {seconds:9.3f} {pixel:8.0f} {pixel / first:7.2f} {memory:9.2f}", flush=True)
+            print_row(columns, found | {"what": what, "side": side, "pixel": pixel, "ratio": pixel / first})
     return 0
 
 
@@ -75,12 +84,13 @@ def measure(what: str, side: int) -> dict[str, float]:
     """Best of some runs in this process, decoder S at f8c4, one image of side x side pixels, float32."""
     import torch
 
+    from bench.report import bench_device
     from ssdd import SSDD
     from ssdd.engine.devices import peak_memory, synchronize
     from ssdd.model.attention import WindowGeometry
 
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = bench_device()
     model = SSDD({"name": "f8c4", "width": 64}, "S").to(device)
     grid = side // 8
     z, noise = torch.randn(1, 4, grid, grid, device=device), torch.randn(1, 3, side, side, device=device)

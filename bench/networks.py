@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.table import DTYPES
+from bench.settings import DTYPES
 from ssdd import SSDD
 from ssdd.engine.errors import UserError
 

@@ -15,32 +15,16 @@ from torch import Tensor
 
 from bench.networks import OURS, build, compile_network, decoding, fill_zeros, parameter_count
 from bench.processes import Work, measure_in_turn
-from bench.table import (
-    DTYPES,
-    LAYOUT,
-    MEMORY,
-    NETWORK,
-    PARAMETERS,
-    RATE,
-    SECONDS,
-    Column,
-    Results,
-    bench_device,
-    check_positive,
-    form,
-    print_head,
-    print_machine,
-    print_row,
-    rates,
-    ratio,
-)
+from bench.report import GFLOP, LAYOUT, MEMORY, NETWORK, PARAMETERS, RATE, SECONDS, Report, bench_device, rates, ratio
+from bench.settings import DTYPES, Rounds, check_positive, form
 from dit.config import SamplingConfig
 from dit.model import NAMES, DiT
 from dit.tasks.sample import draw, sample_labels
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
+from ssdd.engine.tables import Column
 from ssdd.engine.throughput import count_forward_flop
-from ssdd.model.decoder import DECODER_SIZES
+from ssdd.model.decoder_families import decoder_names
 
 PEER = "AutoencoderKL"
 ENCODER, STRIDE = "f16c4", 16
@@ -49,7 +33,7 @@ COLUMNS = (
     NETWORK,
     LAYOUT,
     PARAMETERS,
-    Column("GFLOP/image", "gflop", 11, 1),
+    GFLOP,
     Column("DiT s", "sample_seconds", 9, 4),
     Column("decode s", "decode_seconds", 9, 4),
     RATE,
@@ -60,13 +44,13 @@ COLUMNS = (
 
 
 @dataclass
-class Settings:
+class Settings(Rounds):
     """Images per second with f16c4 latents and our one-step decoder, and with f8c4 latents and AutoencoderKL. Speed
     alone: weights are random, and quality is not measured."""
 
     model: str | None = field(default=None, metadata={"choices": NAMES})
     """DiT of both chains; null is DiT-XL/2 on CUDA and DiT-S/2 on a CPU."""
-    decoder: str = field(default="M", metadata={"choices": tuple(DECODER_SIZES)})
+    decoder: str = field(default="M", metadata={"choices": decoder_names})
     """Our decoder's size."""
     side: int = 256
     """Pixels of the image's sides."""
@@ -80,33 +64,24 @@ class Settings:
     """bfloat16: autocast of the DiT, as dit/main.py samples, and decoder weights of that type."""
     compile: bool = False
     """torch.compile all networks."""
-    rounds: int = 5
-    """Batches of each chain that count; they alternate."""
-    json: str | None = None
-    """File for the results."""
 
 
 def pipeline(argv: list[str]) -> int:
     """A table of both chains and their parts, and the same as one line of JSON."""
     settings = parse(Settings, argv, program="bench pipeline", description=__doc__)
     check_positive(settings, "side", "batch", "steps", "rounds")
-    device = bench_device()
-    settings.model = settings.model or ("DiT-XL/2" if device.type == "cuda" else "DiT-S/2")
-    multiple = STRIDE * int(settings.model.rpartition("/")[2])
+    model = settings.model or ("DiT-XL/2" if bench_device().type == "cuda" else "DiT-S/2")
+    settings, multiple = replace(settings, model=model), STRIDE * int(model.rpartition("/")[2])
     if settings.side % multiple:
-        raise UserError(f"side={settings.side}: model={settings.model} needs multiples of {multiple}")
-    print(f"Sampling with {settings.model}, {settings.steps} steps, guidance scale {settings.cfg_scale}")
-    how = f"{settings.side} px, {settings.dtype}, {form(settings.compile)}, batch {settings.batch}"
-    print(f"{how}, {settings.rounds} rounds in turn")
-    print_machine(device)
-    results = Results("pipeline", settings, device, argv)
+        raise UserError(f"side={settings.side}: model={model} needs multiples of {multiple}")
+    title = f"Sampling with {model}, {settings.steps} steps, guidance scale {settings.cfg_scale}\n"
+    title += f"{settings.side} px, {settings.dtype}, {form(settings.compile)}, batch {settings.batch}, "
+    report = Report("pipeline", settings, argv, f"{title}{settings.rounds} rounds in turn")
     rows = measure(settings)
-    print_head(COLUMNS)
-    for row in rows:
-        print_row(COLUMNS, row)
+    report.begin(COLUMNS)
+    report.add(rows)
     print(f"{rows[0]['ratio']:.3f} times the rate of the chain with {PEER}: speed alone, not at equal quality")
-    results.add(rows)
-    results.print()
+    report.end()
     return 0
 
 

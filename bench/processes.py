@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.table import bench_device
+from bench.report import bench_device
 from ssdd.engine.devices import peak_memory, synchronize
 from ssdd.engine.errors import UserError
 

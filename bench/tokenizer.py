@@ -12,92 +12,63 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from bench.ceilings import measure_ceilings
 from bench.networks import LATENTS, OURS, PEERS
 from bench.processes import measure_in_turn
-from bench.table import (
-    DTYPES,
-    LAYOUT,
-    MEMORY,
-    NETWORK,
-    PARAMETERS,
-    RATE,
-    SECONDS,
-    Column,
-    Results,
-    bench_device,
-    check_lists,
-    check_positive,
-    form,
-    print_head,
-    print_machine,
-    print_row,
-    rates,
-    ratio,
-)
+from bench.report import GFLOP, LAYOUT, MEMORY, NETWORK, PARAMETERS, RATE, SECONDS, Report, rates, ratio
+from bench.settings import Forms, check_lists, check_positive, form
 from bench.tokenizer_job import PLAIN, Job
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
-from ssdd.model.decoder import DECODER_SIZES, DECODER_STRIDE
+from ssdd.engine.tables import Column
+from ssdd.model.decoder_families import UVIT, decoder_names, parse_decoder
 from ssdd.model.encoder import parse_encoder_name
 
 TASKS = ("decode", "encode", "train")
 
 
 @dataclass
-class Settings:
+class Settings(Forms):
     """Images per second of our tokenizer and of others on the same machine, in turn, each in its own process."""
 
     task: str = field(default="decode", metadata={"choices": TASKS})
     """decode: latents to images. encode: images to posteriors; one encoder, whatever the decoders. train: a step of
     flow matching alone, with backward pass and optimizer, compared with the plain form of the same decoder (no
     peers)."""
-    decoder: list[str] = field(default_factory=lambda: ["S", "M"], metadata={"choices": tuple(DECODER_SIZES)})
-    """Decoder sizes."""
+    decoder: list[str] = field(default_factory=lambda: ["S", "M"], metadata={"choices": decoder_names})
+    """Decoder sizes; task=train has those of the U-ViT."""
     encoder: str = "f8c4"
     """Stride and channels of our latents."""
     peers: list[str] = field(default_factory=lambda: list(PEERS), metadata={"choices": tuple(PEERS)})
     """Networks of diffusers, each measured contiguous and channels_last; ratios are to the better."""
     side: list[int] = field(default_factory=lambda: [256])
     """Pixels of the image's sides."""
-    dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"choices": tuple(DTYPES)})
-    """bfloat16: weights of that type, in training autocast."""
-    compile: list[bool] = field(default_factory=lambda: [False], metadata={"choices": (False, True)})
-    """torch.compile all networks."""
     batch: list[int] = field(default_factory=lambda: [1])
     """Images per batch."""
     steps: list[int] = field(default_factory=lambda: [1])
     """Steps of our decoders in task=decode, one row each."""
-    rounds: int = 5
-    """Rounds that count; networks alternate, so that other load on the machine affects all equally."""
-    json: str | None = None
-    """File for the results."""
 
 
 def tokenizer(argv: list[str]) -> int:
     """A table for each combination of side, dtype, compile and batch, then all of it as one line of JSON."""
     settings = parse(Settings, argv, program="bench tokenizer", description=__doc__)
     check(settings)
-    device = bench_device()
-    print(f"Tokenizers, task {settings.task}, {settings.rounds} rounds in turn")
-    print_machine(device)
-    ceilings = measure_ceilings(device, settings.dtype)
-    results = Results("tokenizer", settings, device, argv, ceilings=ceilings)
+    report = Report("tokenizer", settings, argv, f"Tokenizers, task {settings.task}, {settings.rounds} rounds in turn")
+    ceilings = measure_ceilings(report.device, settings.dtype)
+    report.record(ceilings=ceilings)
     axes = (settings.side, settings.dtype, settings.compile, settings.batch)
     for side, dtype, compiled, batch in itertools.product(*axes):
         print(f"\n{settings.task}, {dtype}, {form(compiled)}, {side} px, batch {batch}")
+        conditions = {"task": settings.task, "encoder": settings.encoder}
+        conditions |= {"side": side, "dtype": dtype, "compile": compiled, "batch": batch}
         for networks in compared(settings):
-            jobs = [
-                Job(name, last, settings.task, settings.encoder, side, dtype, compiled, batch, steps)
-                for name, last, steps in networks
-            ]
+            jobs = [Job(name, last, steps=steps, **conditions) for name, last, steps in networks]
             rows = measure(jobs, settings.rounds, max(ceilings[dtype].values()))
-            columns = columns_of(rows)
-            print_head(columns)
-            for row in rows:
-                print_row(columns, row | row["ratios"])
-            results.add(rows)
-    results.print()
+            report.begin(columns_of(rows))
+            report.add(rows)
+    report.end()
     return 0
 
 
@@ -106,11 +77,16 @@ def check(settings: Settings) -> None:
     check_positive(settings, "side", "batch", "steps", "rounds")
     check_lists(settings, "decoder", "dtype", "compile")
     try:
-        stride, _ = parse_encoder_name(settings.encoder)
+        stride, channels = parse_encoder_name(settings.encoder)
     except ValueError as error:
         raise UserError(str(error)) from None
     peers = settings.peers if settings.task != "train" else []
-    multiple = math.lcm(DECODER_STRIDE, stride, *(LATENTS[peer][0] for peer in peers))
+    if settings.task == "train" and (others := [name for name in settings.decoder if name not in UVIT.sizes]):
+        raise UserError(f"decoder={others}: task=train has the plain form of the U-ViT alone: {', '.join(UVIT.sizes)}")
+    with torch.device("meta"):
+        decoders = [family.build(size, stride, channels) for family, size in map(parse_decoder, settings.decoder)]
+    ours = [decoder.pixel_multiple for decoder in decoders]
+    multiple = math.lcm(stride, *ours, *(LATENTS[peer][0] for peer in peers))
     if bad := [side for side in settings.side if side % multiple]:
         raise UserError(f"side={bad}: encoder={settings.encoder} and the peers need multiples of {multiple}")
 
@@ -146,7 +122,7 @@ def measure(jobs: list[Job], rounds: int, peak: float) -> list[dict[str, Any]]:
 
 def columns_of(rows: list[dict[str, Any]]) -> list[Column]:
     """The table's columns, a ratio to each peer at the end."""
-    steps, flop = Column("steps", "steps", 5, 0), Column("GFLOP/image", "gflop", 11, 1)
+    steps = Column("steps", "steps", 5, 0)
     share = Column("of peak %", "share_of_peak", 9, 1, 100)
     ratios = [Column(f"/ {name.removeprefix('Autoencoder')}", name, 8, 3) for name in rows[0]["ratios"]]
-    return [NETWORK, LAYOUT, steps, PARAMETERS, flop, RATE, *SECONDS, MEMORY, share, *ratios]
+    return [NETWORK, LAYOUT, steps, PARAMETERS, GFLOP, RATE, *SECONDS, MEMORY, share, *ratios]

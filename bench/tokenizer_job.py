@@ -10,13 +10,13 @@ from torch import Tensor
 
 from bench.networks import OURS, build, compile_network, decoding, encoding, fill_zeros, parameter_count
 from bench.processes import Work
-from bench.table import DTYPES
+from bench.settings import DTYPES
 from ssdd.config import SSDDConfig
 from ssdd.engine.errors import UserError
 from ssdd.engine.optim import build_optimizer, parameter_groups
 from ssdd.engine.throughput import count_flop, count_forward_flop
 from ssdd.losses.objective import step_draws
-from ssdd.model.decoder import UViTDecoder, parse_decoder
+from ssdd.model.decoder_families import parse_decoder
 from ssdd.model.encoder import parse_encoder_name
 from ssdd.model.flow import interpolate, velocity_target
 
@@ -74,10 +74,10 @@ def inference(job: Job, device: torch.device) -> Work:
 def training(job: Job, device: torch.device) -> Work:
     """A step of flow matching on the decoder alone, given latents; the optimizer is the trainer's."""
     torch.manual_seed(0)
-    size, window = parse_decoder(job.network.removeprefix(OURS).removeprefix(PLAIN))
+    family, size = parse_decoder(job.network.removeprefix(OURS).removeprefix(PLAIN))
     stride, channels = parse_encoder_name(job.encoder)
     plain = job.network.startswith(PLAIN)
-    decoder = plain_decoder()(size, channels, window) if plain else UViTDecoder(size, channels, window)
+    decoder = plain_decoder()(size, channels) if plain else family.build(size, stride, channels)
     fill_zeros(decoder)
     layout = torch.channels_last if job.channels_last else torch.contiguous_format
     decoder = decoder.to(device, memory_format=layout)

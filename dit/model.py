@@ -170,7 +170,8 @@ class DiT(nn.Module):
 
         y holds the classes in its first half and the null class in its second; only the first half of x is read. The
         first `cfg_channels` channels (None: all C of the latent) become u + cfg_scale (c - u) in both halves; the
-        others stay as predicted. `cfg_channels=3` reproduces what DiT, SiT and LightningDiT do.
+        others stay as predicted. `cfg_channels=3` reproduces what DiT, SiT and LightningDiT do. Public for the sampling
+        code of those repositories, which calls it; `dit.guidance` does not.
         """
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)

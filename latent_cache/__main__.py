@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from textwrap import indent
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
 from ssdd.engine.program import run_program
 from ssdd.engine.schema_help import help_text
+from ssdd.engine.tables import listed
 
 PROGRAM = "python -m latent_cache"
 
@@ -56,7 +58,8 @@ def _run(argv: list[str]) -> int:
     known = commands()
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {PROGRAM} COMMAND key=value ...\n")
-        print("\n".join(f"  {name:<8}{_first_sentence(command.description)}" for name, command in known.items()))
+        listing = listed({name: _first_sentence(command.description) for name, command in known.items()})
+        print(indent(listing, "  "))
         print(f"\n`{PROGRAM} COMMAND --help` lists the keys of a command.")
         return 0 if argv else 2
     name, *arguments = argv
@@ -66,8 +69,7 @@ def _run(argv: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text(schema, f"{PROGRAM} {name}", description))
         return 0
-    program = "latent_cache" if name == "build" else f"latent_cache_{name}"
-    return run(parse(schema, arguments, program=program, description=description))
+    return run(parse(schema, arguments, program=f"{PROGRAM} {name}", description=description))
 
 
 def _first_sentence(text: str) -> str:
@@ -159,7 +161,7 @@ def _info(cfg: InfoConfig) -> int:
     }
     counts = np.bincount(train.labels, minlength=train.num_classes)
     lines["classes"] = f"{train.num_classes}, {counts.min()} to {counts.max()} training samples each"
-    print("\n".join(f"{name:<14} {value}" for name, value in lines.items()))
+    print(listed(lines))
     return 0
 
 

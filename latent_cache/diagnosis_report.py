@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from ssdd.engine.tables import aligned
+
 DEAD = 0.1  # deviation of the signal, as a share of the median channel's
 HEAVY = 3.0  # excess kurtosis; that of a Laplace distribution
 OUTLIERS = 1e-5  # share beyond 6 deviations
@@ -77,7 +79,7 @@ def table(result: dict[str, Any]) -> str:
             "bits": [f"{value:.4g}" for value in posterior["bits"]],
         }
     columns = {"channel": [str(channel) for channel in range(result["shape"][0])]} | columns
-    lines = [f"{result['samples']} latents of {result['split']}, {shape}, {result['content']}", "", *_aligned(columns)]
+    lines = [f"{result['samples']} latents of {result['split']}, {shape}, {result['content']}", "", _columns(columns)]
     worst, spectrum = result["largest_correlation"], result["spectrum"]
     if worst["channels"]:
         lines += ["", f"largest correlation of two channels: {worst['r']:.3f} ({_list(worst['channels'])})"]
@@ -95,15 +97,13 @@ def table(result: dict[str, Any]) -> str:
         "share": [f"{value:.4f}" for value in spectrum["share"]],
         "over white": [f"{value:.3g}" for value in spectrum["density"]],
     }
-    lines += _aligned(power)
+    lines.append(_columns(power))
     lines += ["", *[f"warning: {warning}" for warning in result["warnings"]]] if result["warnings"] else []
     return "\n".join(lines)
 
 
-def _aligned(columns: dict[str, list[str]]) -> list[str]:
-    widths = {name: max(len(name), *map(len, values)) for name, values in columns.items()}
-    rows = [list(columns), *zip(*columns.values(), strict=True)]
-    return ["  ".join(value.rjust(widths[name]) for name, value in zip(columns, row, strict=True)) for row in rows]
+def _columns(columns: dict[str, list[str]]) -> str:
+    return aligned(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def _list(numbers: list[int]) -> str:

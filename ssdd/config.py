@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from ssdd.engine.ema import EmaConfig
 from ssdd.engine.precision import PRECISIONS
-from ssdd.fidelity.features import LITE0
+from ssdd.engine.schema import with_keys
+from ssdd.engine.training_keys import TrainingKeys
 from ssdd.images.sources import DatasetConfig
 from ssdd.losses.distillation import LATENTS
+from ssdd.losses.image_losses import IMAGE_LOSSES
 from ssdd.losses.perceptual import PERCEPTUAL_METRICS
 from ssdd.losses.repa import DINOV2_BASE
-from ssdd.model.decoder import DECODER_SIZES
-from ssdd.model.tokenizer import KL
+from ssdd.model.decoder_families import decoder_names
 
 PIXEL_METRICS = ("PSNR", "PSNR_pooled", "SSIM", "MSE", "MAE")
-METRICS = ("FID", *PIXEL_METRICS, *PERCEPTUAL_METRICS)
+
+
+def metric_names() -> list[str]:
+    """Metrics of an evaluation."""
+    return ["FID", *PIXEL_METRICS, *PERCEPTUAL_METRICS]
 
 
 @dataclass
@@ -28,34 +35,6 @@ class SamplerConfig:
 
 
 @dataclass
-class TimeConfig:
-    """Training times t = sigmoid(N(t_mean, t_std^2))."""
-
-    t_mean: float = 0.0
-    """Mean of logit(t); above 0 leans to the noise."""
-    t_std: float = 1.0
-    """Deviation of logit(t)."""
-
-
-@dataclass
-class TrainerConfig:
-    """Flow matching."""
-
-    t_sampler_args: TimeConfig = field(default_factory=TimeConfig)
-    """Distribution of training times."""
-
-
-@dataclass
-class EmaConfig:
-    """Moving average of the weights, which evaluation and export use."""
-
-    decay: float = 0.999
-    """Decay per step; it ramps up as (1 + k) / (10 + k) over the first updates."""
-    start_iter: int = 50_000
-    """Step at which averaging starts, at most a tenth of the planned steps; before it the average is a copy."""
-
-
-@dataclass
 class TokenizerConfig:
     """The tokenizer."""
 
@@ -63,7 +42,7 @@ class TokenizerConfig:
     """f<stride>c<channels>, with stride 4 to 64; or sdvae, or the folder of a diffusers AutoencoderKL, both frozen."""
     encoder_width: int = 128
     """Channels of the encoder's first level; 128 is the published one."""
-    decoder: str = field(default="M", metadata={"choices": (*DECODER_SIZES, KL)})
+    decoder: str = field(default="M", metadata={"choices": decoder_names})
     """Decoder size; kl is the deterministic decoder of a KL-VAE, trained on losses.l1 and the image losses."""
     checkpoint: str | None = None
     """Weights to start from, or to evaluate: run, run@best, folder or weights file."""
@@ -73,28 +52,19 @@ class TokenizerConfig:
     """Train the encoder together with the decoder; otherwise it is frozen."""
     posterior_std: float = 1.0
     """Deviation of the posterior that an encoder trained from scratch starts with; small values learn faster."""
-    compile: bool = True
-    """torch.compile the networks that train, and the teacher; evaluation runs as it is."""
     fm_sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Sampling."""
-    fm_trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """Flow matching."""
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    """Averaged weights."""
 
 
+@with_keys({name: (float, loss.weight, loss.doc) for name, loss in IMAGE_LOSSES.items()})
 @dataclass
 class LossesConfig:
     """Weights of the loss terms; 0 disables a term."""
 
     diffusion: float = 1.0
     """Flow matching: mean squared error of the velocity. Distillation: of the image."""
-    lpips: float = 0.5
-    """LPIPS (VGG) between target and one-step prediction; needs VGG weights in the search path."""
     repa: float = 0.25
     """REPA: tokens against those of a frozen vision transformer; needs its weights in the search path. Not for kl."""
-    features: float = 0.0
-    """LPIPS's form on the timm network aux_losses.features.model."""
     kl: float = 1e-6
     """KL of the posterior to N(0, I), summed over the latent; only while the encoder is trained."""
     l1: float = 1.0
@@ -105,16 +75,13 @@ class LossesConfig:
     """The discriminator's own loss."""
 
 
+@with_keys({name: (int, 0, f"{loss.title}.") for name, loss in IMAGE_LOSSES.items()})
 @dataclass
 class LossStartConfig:
     """Step from which a loss term is computed."""
 
-    lpips: int = 0
-    """LPIPS."""
     repa: int = 0
     """REPA."""
-    features: int = 0
-    """Features."""
 
 
 @dataclass
@@ -129,22 +96,13 @@ class RepaConfig:
     """Linear layers between the decoder's tokens and the reference."""
 
 
-@dataclass
-class FeaturesConfig:
-    """The feature loss."""
-
-    model: str = LITE0
-    """timm network whose stages are compared."""
-
-
+@with_keys({name: (loss.options, ..., f"{loss.title}.") for name, loss in IMAGE_LOSSES.items() if loss.options})
 @dataclass
 class AuxiliaryConfig:
     """Networks of the losses."""
 
     repa: RepaConfig = field(default_factory=RepaConfig)
     """REPA."""
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    """Features."""
 
 
 @dataclass
@@ -184,7 +142,7 @@ class DistillConfig:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(TrainingKeys):
     """Optimisation."""
 
     epochs: int = 300
@@ -192,44 +150,27 @@ class TrainingConfig:
     steps: int | None = None
     """Optimiser steps; wins over epochs."""
     optimizer: str = field(default="schedulefree", metadata={"choices": ("schedulefree", "adamw")})
-    """schedulefree (RAdam with averaged weights) or adamw."""
+    """schedulefree (RAdam with averaged weights, which needs no lr_schedule) or adamw."""
     lr: float = 8e-4
-    """Learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Moment decays of the optimizer."""
     weight_decay: float = 1e-2
-    """Decoupled weight decay of matrices and convolutions; biases, norms and tables are not decayed."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly."""
-    lr_schedule: str = field(default="constant", metadata={"choices": ("constant", "cosine")})
-    """Learning rate after the warm-up; cosine falls to zero at the last step. schedulefree needs none."""
-    grad_accumulate: int = 1
-    """Parts that a step's batch is split into, to save memory."""
     grad_clip: float = 0.1
-    """Largest norm of all gradients of a step together, with those of loss heads; 0 disables clipping."""
-    grad_checkpoint: bool = False
-    """Recompute the activations of the blocks in the backward pass: less memory, about a third more work."""
-    fsdp: bool = False
-    """Shard parameters, averages and optimizer state over the processes (FSDP) instead of keeping all in each (DDP);
-    needs ssdd.compile=false."""
+    ema: EmaConfig = field(default_factory=lambda: EmaConfig(decays=[0.999], start_iter=50_000))
+    """Averaged weights, which evaluation and export use."""
+    compile: bool = True
+    """torch.compile the networks that train, and the teacher; evaluation runs as it is."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
     """Autocast; auto takes the value of SSDD_PRECISION, else bf16 where the device supports it natively, else no;
     for task=eval auto is no unless SSDD_PRECISION is set."""
     eval_freq: int = 4
     """Epochs between evaluations; 0 disables evaluation."""
-    save_on_best: str = field(default="FID", metadata={"choices": METRICS})
+    save_on_best: str = field(default="FID", metadata={"choices": metric_names})
     """Metric that selects the `best` checkpoint; PSNR is used if it was not measured, or if FID has fewer than ten
     images per feature dimension (20480)."""
     save_every: int = 5_000
     """Steps between checkpoints; `last` is also written with every evaluation and at the end."""
     sample_every: int | None = None
     """Steps between pictures of originals above reconstructions; null: with every evaluation; 0 disables them."""
-    keep: int = 0
-    """How many of the newest checkpoints of every save_every steps to keep as run@step-000123, besides `last`."""
-    wandb: str | None = None
-    """Weights & Biases project that metrics and pictures are also sent to (pip install wandb); null disables it."""
     log_freq: int = 200
-    """Steps between lines of metrics.jsonl; training waits for the device only at these steps."""
 
 
 @dataclass
@@ -240,7 +181,9 @@ class EvaluationConfig:
     """Step counts to evaluate; empty takes ssdd.fm_sampler.steps."""
     decoders: list[str] = field(default_factory=list)
     """Rows to evaluate side by side, each `name:checkpoint reference:steps`; empty takes ssdd.checkpoint."""
-    metrics: list[str] = field(default_factory=lambda: ["auto"], metadata={"choices": ("auto", *METRICS)})
+    metrics: list[str] = field(
+        default_factory=lambda: ["auto"], metadata={"choices": lambda: ["auto", *metric_names()]}
+    )
     """Metrics besides the pixel metrics, which are always measured; auto: all whose weights are found. The weights
     of a metric that is named must be found. FID selects the network inception."""
     features: list[str] = field(default_factory=lambda: ["auto"])
@@ -262,6 +205,15 @@ class EvaluationConfig:
 @dataclass
 class SSDDConfig:
     """Train, distil, evaluate an image tokenizer with a diffusion decoder."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        "ssdd.compile": "training.compile",
+        "ssdd.ema.decay": "training.ema.decays[0]",
+        "ssdd.ema.start_iter": "training.ema.start_iter",
+        "ssdd.fm_trainer.t_sampler_args.t_mean": "training.t_mean",
+        "ssdd.fm_trainer.t_sampler_args.t_std": "training.t_std",
+    }
+    """Names of the published code -> keys as both programs call them; both stay valid."""
 
     task: str = field(default="train", metadata={"choices": ("train", "eval", "z_stats", "classifier")})
     """What to do; classifier trains the small network whose features compare image sets (classifier:FILE)."""

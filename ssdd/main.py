@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> None:
     import datetime
+    from dataclasses import replace
 
     from ssdd.config import SSDDConfig
     from ssdd.engine.cli import parse
@@ -26,7 +27,7 @@ def _run(argv: list[str]) -> None:
     description = "Train, distil and evaluate an image tokenizer with a single-step diffusion decoder."
     cfg = parse(SSDDConfig, argv, program="ssdd", description=description)
     if cfg.run_name is None:
-        cfg.run_name = f"{cfg.task}-{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
+        cfg = replace(cfg, run_name=f"{cfg.task}-{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
     if cfg.task == "train":
         from ssdd.tasks.train import run
     elif cfg.task == "eval":

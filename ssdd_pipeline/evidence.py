@@ -22,16 +22,17 @@ from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_atomic, write_json
 from ssdd.engine.program import run_program
+from ssdd.engine.tables import markdown
 from ssdd.images.sources import DatasetConfig
 
 ENCODER, CLASSIFIER = "encoder", "classifier"
 TEACHER_STEPS = (8, 4, 2, 1)
 METRICS = {"PSNR": 2, "SSIM": 4, "power_ratio": 3, "noise_r2": 3}
 SETUP = [
-    "ssdd.compile=false", "losses.lpips=0", "losses.repa=0", "training.optimizer=adamw", "training.lr_schedule=cosine",
-    "training.betas=[0.9,0.99]", "training.warmup_steps=30", "training.grad_clip=1", "training.eval_freq=0",
-    "training.mixed_precision=no", "training.save_every=200", "training.log_freq=50", "ssdd.ema.decay=0.99",
-    "ssdd.fm_trainer.t_sampler_args.t_mean=0.4", "ssdd.fm_trainer.t_sampler_args.t_std=1.6",
+    "losses.lpips=0", "losses.repa=0", "training.compile=false", "training.optimizer=adamw",
+    "training.lr_schedule=cosine", "training.betas=[0.9,0.99]", "training.warmup_steps=30", "training.grad_clip=1",
+    "training.t_mean=0.4", "training.t_std=1.6", "training.ema.decays=[0.99]", "training.mixed_precision=no",
+    "training.eval_freq=0", "training.save_every=200", "training.log_freq=50",
 ]  # fmt: skip
 
 
@@ -200,12 +201,13 @@ def report(cfg: EvidenceConfig, plan: dict, trained: dict, results: list[dict]) 
         short = network.split(":")[0]
         floor = results[0]["floor"][network]
         lines += [f"## Features {short} (originals themselves: KID {floor['kid']:.4f}, FD {floor['frechet']:.2f})", ""]
-        lines += ["| decoder | " + " | ".join([*METRICS, "KID", "FD"]) + " |", "|---" * (len(METRICS) + 3) + "|"]
+        rows = []
         for i, row in enumerate(results[0]["rows"]):
             same = [result["rows"][i] for result in results]
             cells = [spread([r.get(metric) for r in same], digits) for metric, digits in METRICS.items()]
             cells += [spread([r["distances"][network][key] for r in same], 3) for key in ("kid", "frechet")]
-            lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+            rows.append([row["name"], *cells])
+        lines.append(markdown(["decoder", *METRICS, "KID", "FD"], rows))
         lines += ["", "KID differences with 95 % intervals over images, seed by seed:", ""]
         for pair in ("teacher-1 - student-1", "student-1 - direct-1", "student-1 - kl-1", "teacher-8 - student-1"):
             found = [result["paired"][network][pair] for result in results]

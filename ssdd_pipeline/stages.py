@@ -20,7 +20,7 @@ PROGRAMS = {
     "latent_cache": ("latent_cache", BuildConfig),
     "dit.main": ("dit", DiTConfig),
 }
-"""Module -> (name of its config file, schema of its keys)."""
+"""Module -> (program, schema of its keys)."""
 SPEED_KEYS = ("dataset.workers=",)
 """What changes no byte of any output."""
 

@@ -173,6 +173,19 @@ def test_torch_load_stands_in_one_place():
     assert places == ["ssdd.engine.pretrained"]
 
 
+def lays_out_text(node: ast.AST) -> bool:
+    """Whether a node pads text to a width, or writes the line below the header of a Markdown table."""
+    if isinstance(node, ast.FormattedValue) and node.format_spec is not None:
+        return re.match(r"[<>^1-9{]|[^.]*[<>^]", ast.unparse(node.format_spec)[2:-1]) is not None
+    if isinstance(node, ast.Attribute):
+        return node.attr in ("ljust", "rjust", "center")
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("|---")
+
+
+def test_tables_are_laid_out_in_one_place():
+    assert {name for name, tree in TREES.items() if any(map(lays_out_text, ast.walk(tree)))} == {"ssdd.engine.tables"}
+
+
 def test_only_the_programs_entries_touch_sys_path():
     users = [name for name, path in SOURCES.items() if "sys.path" in path.read_text()]
     assert users == ["dit.main", "ssdd.main"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ssdd.engine.tables import aligned, fixed
+
 
 def table(result: dict[str, Any]) -> str:
     """All tables of a result of task=evaluate."""
@@ -31,14 +33,14 @@ def _quality(result: dict[str, Any], network: str) -> str:
     for row in result["rows"]:
         d = row["distances"][network]
         kid = f"{d['kid']:.4f} [{d['kid_low']:.4f}, {d['kid_high']:.4f}]" if "kid" in d else "-"
-        copies = f"{_number(d.get('copy_rate'), 3)} ({_number(d.get('copy_rate_held_out'), 3)})"
+        copies = f"{fixed(d.get('copy_rate'), 3)} ({fixed(d.get('copy_rate_held_out'), 3)})"
         rows.append(
             [
-                row["name"], _number(d["frechet"], 3), _number(floor.get("frechet"), 3),
-                _number(d.get("spatial_frechet"), 3), _number(d.get("inception_score"), 2), kid,
-                _number(d.get("precision"), 3), _number(d.get("recall"), 3), copies,
-                _number(row.get("images_per_s"), 1), _number(row.get("sampling_images_per_s"), 1),
-                _number(row.get("decoder_share"), 3),
+                row["name"], fixed(d["frechet"], 3), fixed(floor.get("frechet"), 3),
+                fixed(d.get("spatial_frechet"), 3), fixed(d.get("inception_score"), 2), kid,
+                fixed(d.get("precision"), 3), fixed(d.get("recall"), 3), copies,
+                fixed(row.get("images_per_s"), 1), fixed(row.get("sampling_images_per_s"), 1),
+                fixed(row.get("decoder_share"), 3),
             ]
         )  # fmt: skip
     reference = result["reference"]
@@ -46,45 +48,32 @@ def _quality(result: dict[str, Any], network: str) -> str:
         f"{result['count']} samples ({result['labels']}), features {network.split(':')[0]} (weights "
         f"{result['features'][network][:8]}), reference {reference['source']}, crop {reference['crop']}"
     )
-    return _aligned(caption, header, rows)
+    return f"{caption}\n{aligned(header, rows)}"
 
 
 def _gap(gaps: dict[str, dict[str, float]], network: str) -> str:
     letters = _distance(network)
     header = ["decoder", f"g{letters}", f"r{letters}", "gap", f"r{letters} to reference", "gap", "KID gap"]
     keys = ("gfid", "rfid", "gap", "rfid_to_reference", "gap_to_reference")
-    rows = [
-        [name, *(_number(gap[key], 3) for key in keys), _number(gap.get("kid_gap"), 4)] for name, gap in gaps.items()
-    ]
-    return _aligned(f"generation gap: g{letters} minus r{letters} of held-out images", header, rows)
+    rows = [[name, *(fixed(gap[key], 3) for key in keys), fixed(gap.get("kid_gap"), 4)] for name, gap in gaps.items()]
+    return f"generation gap: g{letters} minus r{letters} of held-out images\n{aligned(header, rows)}"
 
 
 def _noise(decoders: dict[str, list[dict[str, float]]], network: str) -> str:
     header = ["decoder", *(f"{line['noise']:g} std" for line in next(iter(decoders.values())))]
-    rows = [[name, *(_number(line["frechet_to_originals"], 3) for line in lines)] for name, lines in decoders.items()]
-    return _aligned(f"r{_distance(network)} with noise on the latents", header, rows)
+    rows = [[name, *(fixed(line["frechet_to_originals"], 3) for line in lines)] for name, lines in decoders.items()]
+    return f"r{_distance(network)} with noise on the latents\n{aligned(header, rows)}"
 
 
 def _sweep(lines: list[dict[str, Any]], network: str) -> str:
     header = ["guidance", "steps", *lines[0]["distances"]]
     rows = [
         [f"{line['cfg_scale']:g}", str(line["steps"])]
-        + [_number(scores[network]["frechet"], 3) for scores in line["distances"].values()]
+        + [fixed(scores[network]["frechet"], 3) for scores in line["distances"].values()]
         for line in lines
     ]
-    return _aligned(f"g{_distance(network)} of {lines[0]['n']} samples per setting", header, rows)
+    return f"g{_distance(network)} of {lines[0]['n']} samples per setting\n{aligned(header, rows)}"
 
 
 def _distance(network: str) -> str:
     return "FID" if network == "inception" else "FD"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _aligned(caption: str, header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    aligned = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([caption, *aligned])

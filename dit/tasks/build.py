@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dit.config import DiTConfig
 from dit.foreign_checkpoints import load_dit
@@ -14,14 +13,12 @@ from dit.model import DiT
 from dit.objective import FlowObjective, step_draws
 from latent_cache import LatentDataset, StreamingLatents
 from ssdd.engine.checkpoint import resolve
-from ssdd.engine.ema import Ema
 from ssdd.engine.errors import UserError
 from ssdd.engine.precision import Precision
 from ssdd.engine.throughput import count_flop
 from ssdd.losses.repa import PatchTokens, RepaLoss
 
 Cache = LatentDataset | StreamingLatents
-AVERAGE = "model_ema"
 
 
 def open_cache(cfg: DiTConfig) -> Cache:
@@ -87,26 +84,17 @@ def pretrained_network(cfg: DiTConfig, cache: Cache) -> DiT:
     return network.float()  # files may be in half precision, which small updates vanish in
 
 
-def build_averages(cfg: DiTConfig, parameters: dict[str, Tensor]) -> dict[str, Ema]:
-    """File name -> moving average: `model_ema` of the first decay, `model_ema_0.9999` of a further one."""
-    decays, start = cfg.training.ema.decays, min(cfg.training.ema.start_iter, cfg.training.steps // 10)
-    if not decays or len({f"{decay:g}" for decay in decays}) < len(decays):
-        raise UserError(f"training.ema.decays={decays}: expected one decay or several different ones")
-    names = [AVERAGE, *(f"{AVERAGE}_{decay:g}" for decay in decays[1:])]
-    return {name: Ema(parameters, decay, start) for name, decay in zip(names, decays, strict=True)}
-
-
 def build_objective(cfg: DiTConfig, network: DiT) -> FlowObjective:
     """Flow matching with the losses that have a weight. UserError if REPA's weights or its block do not exist."""
-    repa = None
+    repa, options = None, cfg.aux_losses.repa
     if cfg.losses.repa:
         depth = len(network.blocks)
-        if not 1 <= cfg.repa.i_extract <= depth:
-            raise UserError(f"repa.i_extract={cfg.repa.i_extract}: {cfg.model.name} has blocks 1 to {depth}")
+        if not 1 <= options.i_extract <= depth:
+            raise UserError(f"aux_losses.repa.i_extract={options.i_extract}: {cfg.model.name} has blocks 1 to {depth}")
         channels = network.pos_embed.shape[-1]
-        teacher = PatchTokens(cfg.repa.model, network.grid)
-        repa = RepaLoss(channels, teacher, cfg.repa.n_layers, cfg.repa.hidden)
-    return FlowObjective(network, cfg.losses.direction != 0, repa, cfg.repa.i_extract)
+        teacher = PatchTokens(options.model, network.grid)
+        repa = RepaLoss(channels, teacher, options.n_layers, options.hidden)
+    return FlowObjective(network, cfg.losses.direction != 0, repa, options.i_extract)
 
 
 def loss_weights(cfg: DiTConfig) -> dict[str, float]:

@@ -8,8 +8,9 @@ import torch
 
 from dit.config import DiTConfig
 from dit.objective import step_draws
-from dit.tasks.build import build_averages, build_network, build_objective, flop_per_latent, loss_weights, open_cache
+from dit.tasks.build import build_network, build_objective, flop_per_latent, loss_weights, open_cache
 from ssdd.engine.devices import choose_kernels, peak_memory
+from ssdd.engine.ema import build_averages, update_averages
 from ssdd.engine.optim import build_optimizer
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes
@@ -30,14 +31,15 @@ def dry_run(cfg: DiTConfig) -> dict[str, Any]:
     device, world = processes.device, processes.world
     precision = Precision.resolve(training.mixed_precision, device)
     choose_kernels()
-    parts = training.accumulate
+    parts = training.grad_accumulate
     rows = rows_a_process("training.batch_size", training.batch_size, world, parts) // parts
     network = build_network(cfg, cache).to(device)
     objective = build_objective(cfg, network).to(device)
     flop = flop_per_latent(cfg, objective, cache, precision)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = build_optimizer("adamw", [{"params": trained}], training.lr, (0.9, training.beta2))
-    averages, weights = build_averages(cfg, dict(network.named_parameters())), loss_weights(cfg)
+    optimizer = build_optimizer("adamw", [{"params": trained}], training.lr, training.betas)
+    averages = build_averages(training.ema, dict(network.named_parameters()), training.steps)
+    weights = loss_weights(cfg)
     if training.grad_checkpoint:
         recompute_activations(network)
     if training.compile:
@@ -54,8 +56,7 @@ def dry_run(cfg: DiTConfig) -> dict[str, Any]:
 
     def update() -> None:
         optimizer.step()
-        for average in averages.values():
-            average.update(dict(network.named_parameters()))
+        update_averages(averages, dict(network.named_parameters()))
 
     step_seconds = parts * seconds_a_call(device, part) + seconds_a_call(device, update)
     result = {

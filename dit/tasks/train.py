@@ -13,21 +13,13 @@ from typing import Any
 import torch
 
 from dit.config import DiTConfig
-from dit.tasks.build import (
-    AVERAGE,
-    build_averages,
-    build_network,
-    build_objective,
-    flop_per_latent,
-    loss_weights,
-    open_cache,
-    trained_on,
-)
+from dit.tasks.build import build_network, build_objective, flop_per_latent, loss_weights, open_cache, trained_on
 from dit.tasks.dry_run import dry_run
 from dit.tasks.looks import Looks
 from dit.tasks.training_latents import TrainingLatents
 from ssdd.engine import checkpoint
 from ssdd.engine.devices import choose_kernels, peak_memory
+from ssdd.engine.ema import AVERAGE, build_averages, update_averages
 from ssdd.engine.errors import UserError
 from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.optim import GradientStep, build_optimizer, learning_rate, parameter_groups
@@ -76,16 +68,16 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     heads = {name: p for name, p in heads.items() if p.requires_grad}
     trained = {name: p for name, p in (parameters | heads).items() if p.requires_grad}
     groups = parameter_groups(trained, objective, training.weight_decay)
-    optimizer = build_optimizer("adamw", groups, training.lr, (0.9, training.beta2))
+    optimizer = build_optimizer("adamw", groups, training.lr, training.betas)
     scaler = precision.loss_scaler()
     update = GradientStep(optimizer, trained.values(), training.grad_clip, scaler)
-    averages = build_averages(cfg, parameters)
+    averages = build_averages(training.ema, parameters, steps)
     means = RunningMeans(["loss", *objective.terms, "grad_norm"], device)
     bad = FirstBadStep(device)
 
     # Resume: the state has all that a step reads, besides the config.
     identity |= {**network.config, "averages": list(averages), "terms": objective.terms}
-    identity |= {"repa": vars(cfg.repa) if heads else None}
+    identity |= {"repa": vars(cfg.aux_losses.repa) if heads else None}
     parts = {
         "model": Weights(network),
         **{name: Average(average) for name, average in averages.items()},
@@ -120,15 +112,14 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                     with precision.autocast():
                         terms = model(*batch.rows(part))
                     loss = weighted_sum(terms, weights)
-                    update.backward(loss / training.accumulate)
-                means.add({"loss": loss, **terms}, 1 / training.accumulate)
-                bad.see(loss)
+                    update.backward(loss / training.grad_accumulate)
+                means.add({"loss": loss, **terms}, 1 / training.grad_accumulate)
+                bad.add(loss)
 
             # Optimise, average.
             norm = update.apply(lr)
-            bad.see(None if scaler.is_enabled() else norm)  # a scaler skips such steps
-            for average in averages.values():
-                average.update(parameters)
+            bad.add(None if scaler.is_enabled() else norm)  # a scaler skips such steps
+            update_averages(averages, parameters)
             state.step = done = step + 1
             means.add({"grad_norm": norm})
             means.count(means.names)

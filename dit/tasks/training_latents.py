@@ -42,7 +42,7 @@ class TrainingLatents:
 
     def __init__(self, cfg: DiTConfig, cache: Cache, processes: Processes, with_images: bool):
         self.cfg, self.cache, self.processes = cfg, cache, processes
-        self.batch_size, parts = cfg.training.batch_size, cfg.training.accumulate
+        self.batch_size, parts = cfg.training.batch_size, cfg.training.grad_accumulate
         self.rows = rows_a_process("training.batch_size", self.batch_size, processes.world, parts)
         self.parts = parts_of(self.rows, parts)
         self.images = CacheImages(cfg.dataset, cache) if with_images else None

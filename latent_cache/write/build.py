@@ -33,7 +33,7 @@ def build(cfg: BuildConfig) -> dict:
     """
     check(cfg)
     root = Path(cfg.out)
-    processes = Processes.join(cfg.device, patient=True)
+    processes = Processes.join(cfg.device)
     tokenizer = SSDD.from_pretrained(cfg.tokenizer, ckpt_dir=cfg.ckpt_dir).eval()
     sources = {split: open_source(cfg.dataset, split) for split in cfg.splits}
     settings = processes.agree(lambda: describe(cfg, tokenizer, sources, processes.device))

@@ -16,6 +16,7 @@ from latent_cache.write.build import check, describe
 from latent_cache.write.encode import raw_rows
 from latent_cache.write.folder import CacheFolder
 from ssdd.engine.processes import Processes
+from ssdd.engine.tables import listed
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.sources import open_source
 from ssdd.model.tokenizer import SSDD
@@ -29,7 +30,7 @@ def dry_run(cfg: BuildConfig) -> str:
     Unreadable images, which on_corrupt=skip skips, are counted here, since finding them means decoding all.
     """
     check(cfg)
-    processes = Processes.join(cfg.device, patient=True)
+    processes = Processes.join(cfg.device)
     device = processes.device
     tokenizer = SSDD.from_pretrained(cfg.tokenizer, ckpt_dir=cfg.ckpt_dir).eval()
     images = replace(cfg.dataset, on_corrupt="error")
@@ -54,7 +55,7 @@ def dry_run(cfg: BuildConfig) -> str:
         f"{cfg.threads} thread{'s' * (cfg.threads > 1)}): {reading * 1e3:.3g} ms to read an image, "
         f"{encoding * 1e3:.3g} ms to encode it; {workers} workers read",
     }
-    return "\n".join(f"{name:<14} {value}" for name, value in lines.items()) + "\nnothing was written"
+    return f"{listed(lines)}\nnothing was written"
 
 
 def measure(

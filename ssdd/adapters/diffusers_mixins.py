@@ -40,7 +40,7 @@ class ConfigMixin:
 
     def register_to_config(self, **values: Any) -> None:
         kept = {key: value for key, value in values.items() if key not in self.ignore_for_config}
-        object.__setattr__(self, "_config", Config(getattr(self, "_config", {}) | kept))
+        self._config = Config(getattr(self, "_config", {}) | kept)
 
 
 class ModelMixin(nn.Module):

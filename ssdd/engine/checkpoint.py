@@ -304,7 +304,7 @@ def _sort_metadata(file: Any) -> None:
     if len(encoded) > size:
         raise ValueError("metadata holds characters that JSON writers encode differently; use plain text")
     file.seek(8)
-    file.write(encoded.ljust(size))
+    file.write(encoded + b" " * (size - len(encoded)))
     file.flush()
 
 

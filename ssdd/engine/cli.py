@@ -1,8 +1,9 @@
 """Command lines: YAML files and ``key=value`` arguments over the defaults of a dataclass tree.
 
-Later sources win: dataclass defaults, ``configs/<program>.yaml``, presets, blocks, command line. A field without a
-default must be given. A value is read by the type of its field, so ``run_name=5_000`` stays text and
-``training.steps=5_000`` is a number; ``${other.key}`` refers to another key.
+Later sources win: dataclass defaults, presets, blocks, command line. A field without a default must be given. A value
+is read by the type of its field, so ``run_name=5_000`` stays text and ``training.steps=5_000`` is a number;
+``${other.key}`` refers to another key. A key may have other names (:func:`~ssdd.engine.schema.schema_aliases`), valid
+wherever the key is; different values under two names in one source are refused.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssdd.engine import presets
 from ssdd.engine.errors import UserError, first_line
 from ssdd.engine.presets import named_file
-from ssdd.engine.schema import SchemaField, schema_fields, strip_optional, type_name
+from ssdd.engine.schema import Alias, SchemaField, schema_aliases, schema_fields, strip_optional, type_name
 from ssdd.engine.schema_help import help_text
 
 T = TypeVar("T")
@@ -43,12 +43,17 @@ def parse(schema: type[T], argv: list[str], *, program: str, description: str) -
         print(help_text(schema, program, description))
         raise SystemExit(0)
     files, arguments = _split(argv)
-    program_file = presets.configs_dir() / f"{program}.yaml"
     builder = _Builder(schema)
-    for path in [program_file] * program_file.is_file() + files:
+    for path in files:
         builder.merge_file(path)
-    for argument, key, text in arguments:
-        builder.merge_argument(argument, key, text)
+    builder.merge_arguments(arguments)
+    return builder.finish()
+
+
+def read_config(schema: type[T], path: Path) -> T:
+    """The config that a YAML file sets over the defaults, as the ``config.yaml`` of a run; errors as of `parse`."""
+    builder = _Builder(schema)
+    builder.merge_file(path)
     return builder.finish()
 
 
@@ -89,8 +94,9 @@ class _Builder:
     """A config under construction: every assignment is checked against the schema and remembers where it came from."""
 
     def __init__(self, schema: type):
-        self.fields = schema_fields(schema)
+        self.fields, self.aliases = schema_fields(schema), schema_aliases(schema)
         self.config = OmegaConf.structured(schema)
+        self.given: dict[str, dict[str, tuple[int | None, Any]]] = {}  # by this source: key -> name -> item, value
         self.origin: dict[str, str] = {}  # key -> where its value was last set
 
     def merge_file(self, path: Path) -> None:
@@ -102,11 +108,14 @@ class _Builder:
             return
         if not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path}: expected 'key: value' lines at the top level")
+        self.given = {}
         self._merge_mapping("", root, lambda node: f"{path}, line {node.start_mark.line + 1}")
 
-    def merge_argument(self, argument: str, key: str, text: str) -> None:
-        node = _argument_node(argument, text, self.fields.get(key))
-        self._assign(key, node, f"argument {argument!r}", lambda _: f"argument {argument!r}")
+    def merge_arguments(self, arguments: Iterable[tuple[str, str, str]]) -> None:
+        self.given = {}
+        for argument, name, text in arguments:
+            node = _argument_node(argument, text, self.fields.get(self._meant(name).key))
+            self._assign(name, node, f"argument {argument!r}", lambda _, where=f"argument {argument!r}": where)
 
     def finish(self) -> Any:
         """The dataclass instance, with nothing missing, interpolations resolved and choices checked."""
@@ -133,30 +142,48 @@ class _Builder:
             seen.add(name.value)
             self._assign(prefix + name.value, value, place(name), place)
 
-    def _assign(self, key: str, node: yaml.Node, where: str, place: Callable[[yaml.Node], str]) -> None:
+    def _meant(self, name: str) -> Alias:
+        return self.aliases.get(name, Alias(name, None))
+
+    def _assign(self, name: str, node: yaml.Node, where: str, place: Callable[[yaml.Node], str]) -> None:
+        key, item = self._meant(name)
         field = self.fields.get(key)
-        if field is not None and field.group is not None and isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.MappingNode) and self._is_group(name):
             self._open_groups(f"{key}.")
             self._merge_mapping(f"{key}.", node, place)
             return
         if field is not None:
             kind, optional = field.type, field.optional
-        elif free := [f for name, f in self.fields.items() if _is_dict(f.type) and key.startswith(f"{name}.")]:
+        elif free := [f for prefix, f in self.fields.items() if _is_dict(f.type) and key.startswith(f"{prefix}.")]:
             kind, optional = strip_optional(typing.get_args(free[0].type)[1])
         else:
             raise UserError(f"{where}: unknown key {key!r}; {_nearest(key, self.fields)}")
+        if item is not None:
+            kind, optional = strip_optional(typing.get_args(kind)[0])
         chosen = field is not None and field.choices and isinstance(node, yaml.ScalarNode)
         bare = typing.get_origin(kind) is list and chosen and node.value not in _NULLS
         try:  # one of a list's choices needs no brackets, as metrics=auto
             value = _convert(yaml.SequenceNode("", [node]) if bare else node, kind, optional)
             self._open_groups(key)
-            OmegaConf.update(self.config, key, value)
+            whole = _with_item(OmegaConf.select(self.config, key), item, value) if item is not None else value
+            OmegaConf.update(self.config, key, whole)
         except (ValueError, TypeError, OmegaConfBaseException):
             expected = type_name(kind, optional)
             if dataclasses.is_dataclass(kind):
                 expected = "a group of keys: " + ", ".join(f"{key}.{part.name}" for part in dataclasses.fields(kind))
-            raise UserError(f"{where}: {key} expects {expected}; got {_text(node)}") from None
+            raise UserError(f"{where}: {name} expects {expected}; got {_text(node)}") from None
         self.origin[key] = where
+        names = self.given.setdefault(key, {})
+        names[name] = item, value
+        for other, (its_item, its_value) in names.items():
+            if other != name and whole != (its_value if its_item is None else _with_item(whole, its_item, its_value)):
+                raise UserError(f"{where}: {name} and {other} set the same key to different values; give {key} alone")
+
+    def _is_group(self, name: str) -> bool:
+        """Whether keys may lie below a name: those of a group, or only other names of keys."""
+        if name in self.fields:
+            return self.fields[name].group is not None
+        return any(alias.startswith(f"{name}.") for alias in self.aliases)
 
     def _open_groups(self, key: str) -> None:
         """Give the optional groups above ``key`` that are null their defaults."""
@@ -176,6 +203,11 @@ class _Builder:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 where = self.origin.get(key, "default")
                 raise UserError(f"{where}: {key} must be one of {', '.join(names)}; got {item!r}{hint}")
+
+
+def _with_item(values: Iterable[Any], item: int, value: Any) -> list[Any]:
+    values = list(values)
+    return [*values[:item], value, *values[item + 1 :]]
 
 
 def _value_at(config: Any, key: str) -> Any:

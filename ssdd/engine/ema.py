@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +11,20 @@ from torch import Tensor
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.sharding import laid_out_as, local
+
+AVERAGE = "model_ema"
+"""The file of a run's first average, and how the names of further ones begin."""
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving averages of the weights."""
+
+    decays: list[float] = field(default_factory=lambda: [0.9999])
+    """Decays per step, each ramping up as (1 + k) / (10 + k) over the first updates. The first average is model_ema,
+    which checkpoint references select; the file of a further one is named by its decay, as model_ema_0.999."""
+    start_iter: int = 0
+    """Step at which averaging starts, at most a tenth of the planned steps; before it the average is a copy."""
 
 
 class Ema:
@@ -21,7 +36,7 @@ class Ema:
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float = 0.999, start_iter: int = 0):
         if not 0 <= decay < 1:
-            raise UserError(f"ema.decay must be in [0, 1); got {decay}")
+            raise UserError(f"training.ema.decays must be in [0, 1); got {decay}")
         self.decay = decay
         self.start_iter = start_iter
         self.updates = 0
@@ -63,3 +78,22 @@ class Ema:
             average.copy_(laid_out_as(average, tensors[name]))
         self.updates = int(state["updates"])
         self.start_iter = int(state.get("start_iter", self.start_iter))  # of a prolonged run, that of its beginning
+
+
+def build_averages(cfg: EmaConfig, parameters: Mapping[str, Tensor], steps: int) -> dict[str, Ema]:
+    """File name -> average: `model_ema` of the first decay, `model_ema_0.9999` of a further one.
+
+    steps: planned, of which at most a tenth pass before averaging starts. UserError unless there is one decay, or
+    several that their names tell apart.
+    """
+    if not cfg.decays or len({f"{decay:g}" for decay in cfg.decays}) < len(cfg.decays):
+        raise UserError(f"training.ema.decays={cfg.decays}: expected one decay or several different ones")
+    start = min(cfg.start_iter, steps // 10)
+    names = [AVERAGE, *(f"{AVERAGE}_{decay:g}" for decay in cfg.decays[1:])]
+    return {name: Ema(parameters, decay, start) for name, decay in zip(names, cfg.decays, strict=True)}
+
+
+def update_averages(averages: Mapping[str, Ema], named_params: Mapping[str, Tensor]) -> None:
+    """Take in the parameters after an optimizer step, all of them."""
+    for average in averages.values():
+        average.update(named_params)

@@ -18,8 +18,8 @@ from ssdd.engine.run import RunDirectory
 class ProgressLog:
     """Reports a loop of ``total`` steps of which ``start`` were done before; other processes than the main are silent.
 
-    With ``run``, :meth:`metrics` also appends to ``metrics.jsonl`` and, if ``tensorboard``, to TensorBoard files in
-    the run directory, and with ``wandb``, the name of a project, to Weights & Biases. Lines go to ``stream`` (default
+    With ``run``, :meth:`metrics` also appends to ``metrics.jsonl`` and to TensorBoard files in the run directory, and
+    with ``wandb``, the name of a project, to Weights & Biases. Lines go to ``stream`` (default
     stderr). Use as a context manager, or :meth:`close`.
     """
 
@@ -30,20 +30,18 @@ class ProgressLog:
         description: str = "",
         run: RunDirectory | None = None,
         start: int = 0,
-        unit: str = "step",
         main_process: bool = True,
-        tensorboard: bool = True,
         wandb: str | None = None,
         stream: TextIO | None = None,
     ):
-        self.total, self.description, self.unit = total, description, unit
+        self.total, self.description = total, description
         self.done = start
         self._start, self._began = start, time.monotonic()
         self._main = main_process
         self._run = run if main_process else None
         self._stream = stream or sys.stderr
         self._bar = self._open_bar() if main_process and self._stream.isatty() else None
-        self._board = self._open_board() if self._run is not None and tensorboard else None
+        self._board = self._open_board() if self._run is not None else None
         self._wandb = self._open_wandb(wandb) if self._run is not None and wandb else None
 
     def advance(self, steps: int = 1) -> None:
@@ -52,8 +50,8 @@ class ProgressLog:
         if self._bar is not None:
             self._bar.update(steps)
 
-    def metrics(self, step: int, values: dict[str, Any], *, show: bool = True) -> None:
-        """Record the scalars ``values`` of ``step`` in the files and, if ``show``, on the bar or as a line."""
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Record the scalars ``values`` of ``step`` in the files, and on the bar or as a line."""
         if not self._main:
             return
         if self._run is not None:
@@ -64,9 +62,9 @@ class ProgressLog:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
-        if show and self._bar is not None:
+        if self._bar is not None:
             self._bar.set_postfix_str("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-        elif show:
+        else:
             self._line(f"{self.position()}  " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
@@ -125,7 +123,7 @@ class ProgressLog:
             total=self.total,
             initial=self._start,
             desc=self.description or None,
-            unit=self.unit,
+            unit="step",
             file=self._stream,
             dynamic_ncols=True,
             smoothing=0.05,

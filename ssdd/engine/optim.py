@@ -77,18 +77,18 @@ def averaged_weights(optimizer: torch.optim.Optimizer, named_parameters: Mapping
 class GradientStep:
     """The way from a step's losses to new weights: scaled where the precision needs it, clipped together, applied.
 
-    largest: gradient norm of all `parameters` together that is clipped to; 0 does not clip.
+    max_norm: gradients of all `parameters` together are clipped to this norm; 0 does not clip.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         parameters: Iterable[Tensor],
-        largest: float,
+        max_norm: float,
         scaler: torch.amp.GradScaler,
     ):
         self.optimizer, self.parameters, self.scaler = optimizer, list(parameters), scaler
-        self.largest = largest or math.inf
+        self.max_norm = max_norm or math.inf
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, or of a part of it."""
@@ -97,7 +97,7 @@ class GradientStep:
     def apply(self, lr: float) -> Tensor:
         """Take the step; returns the norm of the gradients before clipping, a scalar on the device."""
         self.scaler.unscale_(self.optimizer)
-        norm = whole(clip_grad_norm_(self.parameters, self.largest))
+        norm = whole(clip_grad_norm_(self.parameters, self.max_norm))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from ssdd.engine.errors import UserError
 
-PATIENCE = timedelta(days=7)  # builds wait for the slowest process, and a shard may take hours
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others. All wait for the slowest one, or for what one of them does alone, such as a
+shard of a cache, distances of an evaluation, a checkpoint: hours on large data, where torch gives up after minutes.
+"""
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 SHARDING_LAUNCHERS = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
@@ -36,12 +39,11 @@ class Processes:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def join(cls, device: str = "auto", patient: bool = False) -> Processes:
+    def join(cls, device: str = "auto") -> Processes:
         """Meet the other processes that a launcher started, if any; to be called by all of them.
 
-        device: auto (the accelerator that torch finds, else the CPU), cpu or cuda. patient: waits of hours are not an
-        error; the CPU beside a GPU needs it where there are several processes. UserError where there is no such device,
-        or accelerate is configured to shard parameters, which the trainers do themselves.
+        device: auto (the accelerator that torch finds, else the CPU), cpu or cuda. UserError where there is no such
+        device, or accelerate is configured to shard parameters, which the trainers do themselves.
         """
         for name in SHARDING_LAUNCHERS:
             if _flag(f"ACCELERATE_USE_{name}"):
@@ -57,13 +59,14 @@ class Processes:
             return cls(0, 1, torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator())
         from accelerate import PartialState
 
-        state = PartialState(cpu=without_gpu)
+        state = PartialState(cpu=without_gpu, timeout=PATIENCE)
         if state.num_processes == 1:
             raise UserError("several processes were started, but they do not find each other: start them with torchrun")
         atexit.unregister(_leave)  # once, however often they join
         atexit.register(_leave)
-        own = torch.device("cpu") if on_cpu else state.device
-        return cls(state.process_index, state.num_processes, own, _patient_group() if patient else None)
+        beside_gpu = on_cpu and not without_gpu  # where the default group exchanges what lies on GPUs only
+        own, group = torch.device("cpu") if on_cpu else state.device, _cpu_group() if beside_gpu else None
+        return cls(state.process_index, state.num_processes, own, group)
 
     @property
     def is_main(self) -> bool:
@@ -143,7 +146,7 @@ def gradients_kept(module: nn.Module, keep: bool) -> AbstractContextManager[None
 
 
 @functools.cache
-def _patient_group() -> dist.ProcessGroup:
+def _cpu_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 

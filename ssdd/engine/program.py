@@ -25,10 +25,10 @@ def run_program(work: Callable[[list[str]], int | None], argv: list[str] | None)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
-    except Exception as error:
-        if (told := full_disk(error)) is None:
+    except Exception as error:  # libraries have their own types for a full disk; all else is raised again
+        if (message := full_disk(error)) is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 

@@ -38,10 +38,9 @@ class RunDirectory:
         identity: what is known before anything is built of what its last checkpoint must have been made of.
         """
         from ssdd.engine.checkpoint import load_state
-        from ssdd.engine.schema import to_yaml
 
-        config, result = self.path / "config.yaml", self.training_result()
-        if result is None or not config.is_file() or config.read_text(encoding="utf-8") != to_yaml(cfg):
+        result = self.training_result()
+        if result is None or not self._has_config(cfg):
             return None
         state = load_state(self.last)
         wanted = plain(identity)
@@ -49,6 +48,17 @@ class RunDirectory:
             return None
         print(f"{self.path} is finished: raise its steps to go on, or choose another run_name", flush=True)
         return result
+
+    def _has_config(self, cfg: Any) -> bool:
+        """Whether `config.yaml` holds this config, be it under other names of its keys."""
+        from ssdd.engine.cli import read_config
+        from ssdd.engine.schema import to_yaml
+
+        file = self.path / "config.yaml"
+        try:
+            return file.is_file() and to_yaml(read_config(type(cfg), file)) == to_yaml(cfg)
+        except UserError:  # of another version, with other keys
+            return False
 
     def training_result(self) -> dict[str, Any] | None:
         """What a training has written to ``task_result.json``; None where it has not, or another task has."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 import types
 import typing
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
 from ssdd.engine.files import plain
-
-
-def to_dict(cfg: Any) -> dict[str, Any]:
-    """A config dataclass as nested dicts of plain JSON values."""
-    return plain(cfg)
 
 
 def to_yaml(cfg: Any) -> str:
@@ -52,6 +49,41 @@ def schema_fields(schema: type, prefix: str = "") -> dict[str, SchemaField]:
         found[prefix + field.name] = SchemaField(kind, optional, group, field, schema)
         if group is not None:
             found |= schema_fields(group, f"{prefix}{field.name}.")
+    return found
+
+
+def with_keys(keys: Mapping[str, tuple[type, Any, str]]) -> Callable[[type], type]:
+    """Decorator of a config dataclass: adds keys that a table decides, as name -> (type, default, documentation).
+
+    The default of a group, a dataclass, is `...`: that of its own fields.
+    """
+
+    def extended(base: type) -> type:
+        fields = []
+        for name, (kind, default, doc) in keys.items():
+            given = {"default_factory": kind} if default is ... else {"default": default}
+            fields.append((name, kind, dataclasses.field(**given, metadata={"doc": doc})))
+        namespace = {"__doc__": base.__doc__, "__module__": base.__module__}
+        return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), namespace=namespace)
+
+    return extended
+
+
+class Alias(NamedTuple):
+    """What another name of a key stands for: the key, or the item of it when it is a list."""
+
+    key: str
+    item: int | None
+
+
+def schema_aliases(schema: type) -> dict[str, Alias]:
+    """The other names that keys of ``schema`` have: its class variable `ALIASES`, such as
+    ``{"training.beta2": "training.betas[1]"}``, whose names are those of values, not of groups.
+    """
+    found = {}
+    for name, target in getattr(schema, "ALIASES", {}).items():
+        key, item = re.fullmatch(r"([\w.]+)(?:\[(\d+)\])?", target).groups()
+        found[name] = Alias(key, None if item is None else int(item))
     return found
 
 

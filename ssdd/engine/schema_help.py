@@ -10,13 +10,13 @@ from typing import Any
 
 from ssdd.engine.files import plain
 from ssdd.engine.presets import available
-from ssdd.engine.schema import SchemaField, schema_fields, type_name
+from ssdd.engine.schema import SchemaField, schema_aliases, schema_fields, type_name
 
 _WIDTH = 100
 
 
 def help_text(schema: type, program: str, description: str) -> str:
-    """Every key of ``schema`` with its default, type and docstring, grouped by component, within 100 columns."""
+    """Every key of ``schema`` with its default, type, docstring and other names, grouped by component, 100 columns."""
     blocks = [
         f"usage: {program} [preset=NAME] [+blocks=NAME] [key=value ...]",
         textwrap.fill(description, _WIDTH),
@@ -25,6 +25,9 @@ def help_text(schema: type, program: str, description: str) -> str:
         if names := available(kind):
             blocks.append(_fill(f"{kind}: " + ", ".join(prefix + name for name in names), ""))
     groups: dict[str, list[str]] = {"": ["keys"]}
+    also: dict[str, list[str]] = {}
+    for name, (key, item) in schema_aliases(schema).items():
+        also.setdefault(key, []).append(name if item is None else f"{name} (item {item})")
     made: dict[str, Any] = {}  # group key -> its default value, which may differ from its class's defaults
     for key, field in schema_fields(schema).items():
         parent, _, name = key.rpartition(".")
@@ -36,14 +39,14 @@ def help_text(schema: type, program: str, description: str) -> str:
             if field.optional:
                 groups[key].append(f"  {key}=null turns the group off" + (" (default)" if default is None else ""))
         else:
-            groups[parent] += _entry(key, field, default)
+            groups[parent] += _entry(key, field, default, also.get(key, []))
     blocks += ["\n".join(lines) for lines in groups.values() if len(lines) > 1]
     return "\n\n".join(blocks)
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """Field name -> the string literal after the field in the source of ``schema`` or of a class it extends."""
-    docs: dict[str, str] = {}
+    """Field name -> metadata `doc`, or the string literal after the field in the source of a class of ``schema``."""
+    docs = {field.name: field.metadata["doc"] for field in dataclasses.fields(schema) if "doc" in field.metadata}
     for cls in reversed(schema.__mro__):
         if not dataclasses.is_dataclass(cls):
             continue
@@ -58,7 +61,7 @@ def field_docs(schema: type) -> dict[str, str]:
     return docs
 
 
-def _entry(key: str, field: SchemaField, default: Any) -> list[str]:
+def _entry(key: str, field: SchemaField, default: Any, also: list[str]) -> list[str]:
     if field.choices:
         kind = " | ".join(str(choice) for choice in field.choices) + (" or null" if field.optional else "")
     else:
@@ -67,6 +70,8 @@ def _entry(key: str, field: SchemaField, default: Any) -> list[str]:
     lines = [_fill(f"{key}  ({kind}; {shown})", "  ")]
     if doc := field_docs(field.owner).get(field.field.name):
         lines.append(_fill(doc, "      "))
+    if also:
+        lines.append(_fill(f"also: {', '.join(also)}", "      "))
     return lines
 
 

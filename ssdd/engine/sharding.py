@@ -37,6 +37,14 @@ def shard(root: nn.Module, blocks: Iterable[Sequence[nn.Module]], device: torch.
     fully_shard(root, mesh=mesh, ignored_params=frozen)
 
 
+def sharded_blocks(network: nn.Module) -> list[list[nn.Module]]:
+    """What `shard` takes as blocks: of every block of `network`, the modules that its method `sharded` names.
+
+    A block leaves out what runs before and outside of its own forward pass.
+    """
+    return [module.sharded() for module in network.modules() if hasattr(module, "sharded")]
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -46,8 +46,8 @@ class FirstBadStep:
         self.step = torch.full((), -1, device=device)  # -1: none
         self._finite = torch.ones((), dtype=torch.bool, device=device)
 
-    def see(self, *values: Tensor | None) -> None:
-        """Look at scalars of the current step."""
+    def add(self, *values: Tensor | None) -> None:
+        """Scalars of the current step; None is left out."""
         for value in values:
             if value is not None:
                 self._finite = self._finite & value.isfinite()

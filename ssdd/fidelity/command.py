@@ -8,7 +8,7 @@ in the result: networks, weights, resize, crop, counts of files by format and si
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> None:
     paths, keys = named_paths(argv)
     cfg = parse(FidelityConfig, keys, program="fidelity", description=__doc__ or "")
-    cfg.sets = cfg.sets + paths
+    cfg = replace(cfg, sets=cfg.sets + paths)
     result = run(cfg)
     print(table(result))
     write_json(cfg.out, result)

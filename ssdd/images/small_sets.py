@@ -7,6 +7,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def _download_pair(root: str | None, folders: Sequence[Path], names: tuple[str, 
         from torchvision.datasets import FashionMNIST
 
         FashionMNIST(str(_downloaded().parents[1]), download=True)
-    except Exception as problem:  # no torchvision, no network, a wrong checksum: the remedy is the same
+    except (ImportError, OSError, RuntimeError, HTTPException) as problem:  # no torchvision, no network, a bad file
         raise UserError(
             f"Fashion-MNIST is not on this machine (looked in {searched}) and the download failed "
             f"({type(problem).__name__}: {problem}). {remedy}"

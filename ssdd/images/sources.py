@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -13,19 +15,16 @@ from PIL import Image
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular, other_kind
 from ssdd.engine.random import random_state
-from ssdd.images.shards import ShardedImages, open_shards
-from ssdd.images.small_sets import PixelArray, read_digits, read_fashion_mnist
+from ssdd.images.shards import open_shards
+from ssdd.images.small_sets import read_digits, read_fashion_mnist
 from ssdd.images.stored_files import IMAGE_SUFFIXES, ImageFiles, decode_rgb
 
-FLIP_OF_SOURCE = {"digits": False, "fashion_mnist": False, "imagefolder": True, "webdataset": True}
 SPLITS = ("train", "val")
 
 
 @dataclass
 class DatasetConfig:
-    source: str = field(
-        default="imagefolder", metadata={"choices": ("digits", "fashion_mnist", "imagefolder", "webdataset")}
-    )
+    source: str = field(default="imagefolder", metadata={"choices": lambda: SOURCES})
     """Where images come from: digits (scikit-learn, no download), fashion_mnist (IDX files), a folder, or shards."""
     root: str | None = None
     """Folder of the source; for imagefolder it takes precedence over imagenet_root, for fashion_mnist over the usual
@@ -61,8 +60,38 @@ class DatasetConfig:
     def reading_processes(self) -> int:
         """`workers`, with null replaced."""
         if self.workers is None:
-            return min(8, os.cpu_count() or 1) if self.source in ("imagefolder", "webdataset") else 0
+            return min(8, os.cpu_count() or 1) if SOURCES[self.source].decodes else 0
         return self.workers
+
+
+class Pictures(Protocol):
+    """The pictures of a split by number."""
+
+    def read(self, index: int) -> Image.Image:
+        """The picture as PIL RGB, at its stored size. UserError with its place when it can't be read."""
+
+    def where(self, index: int) -> str:
+        """Where it lies; "" where nothing more than source, split and number is known."""
+
+    def subset(self, indices: np.ndarray) -> Pictures:
+        """These pictures alone, in this order."""
+
+    def add_to(self, digest: hashlib._Hash) -> None:
+        """Update a fingerprint with the pictures, whatever place they lie in."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An entry of `SOURCES`: one kind of place that images come from."""
+
+    read: Callable[[DatasetConfig, str], tuple[Pictures, np.ndarray, list[str]]]
+    """Pictures of a split ("train" or "val"), their labels int64 [n], class names; UserError when it is malformed."""
+    flip: bool
+    """Whether a mirror image is a valid image, unless dataset.flip says otherwise."""
+    decodes: bool = True
+    """Whether reading an image is work, which processes of their own do by default; false for sets in memory."""
+    root: str | None = None
+    """What dataset.root, which must be set, is; None where it may be left out."""
 
 
 @dataclass
@@ -78,7 +107,7 @@ class ImageSource:
     labels: np.ndarray
     class_names: list[str]
     flip: bool
-    pictures: PixelArray | ImageFiles | ShardedImages
+    pictures: Pictures
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -107,23 +136,16 @@ def open_source(cfg: DatasetConfig, split: str) -> ImageSource:
         raise UserError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     if cfg.limit is not None and cfg.limit < 1:
         raise UserError(f"dataset.limit={cfg.limit}: expected a positive number of images, or null for all")
-    if cfg.source == "digits":
-        pictures, labels, class_names = read_digits(split, cfg.im_size)
-    elif cfg.source == "fashion_mnist":
-        pictures, labels, class_names = read_fashion_mnist(cfg.root, split)
-    elif cfg.source == "imagefolder":
-        root = Path(cfg.root or cfg.imagenet_root)
-        pictures, labels, class_names = _image_folder(root, split, check=cfg.on_corrupt == "error")
-    elif cfg.source == "webdataset":
-        if not cfg.root:
-            raise UserError("dataset.source=webdataset needs dataset.root=FOLDER_OR_URL of the shards")
-        pictures, labels, class_names = open_shards(cfg.root, split, cfg.cache_dir)
-    else:
-        raise UserError(f"dataset.source={cfg.source}: expected one of {', '.join(FLIP_OF_SOURCE)}")
+    if cfg.source not in SOURCES:
+        raise UserError(f"dataset.source={cfg.source}: expected one of {', '.join(SOURCES)}")
+    source = SOURCES[cfg.source]
+    if source.root is not None and not cfg.root:
+        raise UserError(f"dataset.source={cfg.source} needs dataset.root={source.root}")
+    pictures, labels, class_names = source.read(cfg, split)
     if cfg.limit is not None and cfg.limit < len(labels):
         chosen = balanced_order(labels)[: cfg.limit]
         pictures, labels = pictures.subset(chosen), labels[chosen]
-    flip = FLIP_OF_SOURCE[cfg.source] if cfg.flip is None else cfg.flip
+    flip = source.flip if cfg.flip is None else cfg.flip
     return ImageSource(cfg.source, split, labels, class_names, flip, pictures)
 
 
@@ -139,6 +161,10 @@ def balanced_order(labels: np.ndarray) -> np.ndarray:
     rounds = np.arange(len(labels)) - starts  # how many samples of its class come before each
     shuffled = draw.permutation(len(labels))
     return by_class[shuffled][np.argsort(rounds[shuffled], kind="stable")].astype(np.int64)
+
+
+def _read_folder(cfg: DatasetConfig, split: str) -> tuple[ImageFiles, np.ndarray, list[str]]:
+    return _image_folder(Path(cfg.root or cfg.imagenet_root), split, check=cfg.on_corrupt == "error")
 
 
 def _image_folder(root: Path, split: str, check: bool) -> tuple[ImageFiles, np.ndarray, list[str]]:
@@ -175,3 +201,14 @@ def _folders(path: Path) -> list[os.DirEntry[str]]:
         if entry.is_symlink() and "link" in (other_kind(entry.path) or ""):  # of a class, which would go missing
             check_regular(entry.path)
     return [entry for entry in entries if entry.is_dir()]
+
+
+SOURCES = {
+    "digits": Source(lambda cfg, split: read_digits(split, cfg.im_size), flip=False, decodes=False),
+    "fashion_mnist": Source(lambda cfg, split: read_fashion_mnist(cfg.root, split), flip=False, decodes=False),
+    "imagefolder": Source(_read_folder, flip=True),
+    "webdataset": Source(
+        lambda cfg, split: open_shards(cfg.root, split, cfg.cache_dir), flip=True, root="FOLDER_OR_URL of the shards"
+    ),
+}
+"""Every value of dataset.source; a source is added here alone."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,37 +46,27 @@ class ImageFiles:
 
 def decode_rgb(file: Path | BinaryIO, where: str) -> Image.Image:
     """Decode an encoded picture as PIL RGB. UserError that names `where` it lies when it can't be read."""
-    try:
-        with _opened(file) as image:
-            return image.convert("RGB")
-    except Exception as problem:  # a damaged file makes the decoders raise almost anything
-        raise UserError(
-            f"can't read the image {where}: {_reason(problem)}. "
-            "Replace or remove the file, or set dataset.on_corrupt=skip to skip such images"
-        ) from problem
+    remedy = "Replace or remove the file, or set dataset.on_corrupt=skip to skip such images"
+    with _opened(file, where, remedy) as image:
+        return image.convert("RGB")
 
 
 def stored_as(file: Path | BinaryIO, where: str) -> tuple[str, int, int]:
     """(format and mode, width, height) from the picture's header; errors as of `decode_rgb`."""
-    try:
-        with _opened(file) as image:
-            return f"{image.format} {image.mode}", *image.size
-    except Exception as problem:  # a damaged file makes the decoders raise almost anything
-        raise UserError(f"can't read the image {where}: {_reason(problem)}. Remove it") from problem
+    with _opened(file, where, "Remove it") as image:
+        return f"{image.format} {image.mode}", *image.size
 
 
-class NotRegular(Exception):
-    """A picture's path leads to something that is not a regular file: a named pipe, a folder, a broken link."""
-
-
-def _opened(file: Path | BinaryIO) -> Image.Image:
+@contextmanager
+def _opened(file: Path | BinaryIO, where: str, remedy: str) -> Iterator[Image.Image]:
+    """The picture; whatever fails while it is read becomes a UserError with the remedy."""
     if isinstance(file, Path) and (kind := other_kind(file)) is not None:
-        raise NotRegular(f"it is {kind}, not a regular file")
-    return Image.open(file)
-
-
-def _reason(problem: Exception) -> str:
-    return str(problem) if isinstance(problem, NotRegular) else f"{type(problem).__name__}: {problem}"
+        raise UserError(f"can't read the image {where}: it is {kind}, not a regular file. {remedy}")
+    try:
+        with Image.open(file) as image:
+            yield image
+    except Exception as problem:  # a damaged file makes the decoders raise almost anything
+        raise UserError(f"can't read the image {where}: {type(problem).__name__}: {problem}. {remedy}") from problem
 
 
 def add_files(

@@ -6,24 +6,21 @@ devices see one forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssdd.engine.random import batch_generator
-from ssdd.losses.adversary import Discriminator
+from ssdd.losses.image_losses import ImageLosses, Terms
 from ssdd.losses.repa import RepaLoss
 from ssdd.model.flow import interpolate, logit_normal_t, predict_data, velocity_target
 from ssdd.model.tokenizer import SSDD
 
-Terms = Collection[str] | None
-"""Names of the loss terms to compute, None for all; others cost nothing and are missing in the result."""
 
-
-@dataclass
-class Draws:
+@dataclass(frozen=True)
+class TokenizerDraws:
     """The random numbers of one training step, for the whole global batch of B images."""
 
     t: Tensor  # float32 [B] in [0, 1]
@@ -31,8 +28,8 @@ class Draws:
     z_eps: Tensor  # float32 [B, c, h, w], noise of the posterior sample
     level: Tensor  # float32 [B] in [0, 1), share of the largest latent noise in distillation
 
-    def rows(self, part: slice) -> Draws:
-        return Draws(self.t[part], self.eps[part], self.z_eps[part], self.level[part])
+    def rows(self, part: slice) -> TokenizerDraws:
+        return TokenizerDraws(self.t[part], self.eps[part], self.z_eps[part], self.level[part])
 
 
 def step_draws(
@@ -43,10 +40,10 @@ def step_draws(
     device: torch.device,
     t_mean: float = 0.0,
     t_std: float = 1.0,
-) -> Draws:
+) -> TokenizerDraws:
     """The draws of step `step` for images [B, 3, H, W] and latents [B, c, h, w]; a function of seed and step alone."""
     generator = batch_generator(device, seed, "ssdd.train", step)
-    return Draws(
+    return TokenizerDraws(
         logit_normal_t(image_shape[0], generator, t_mean, t_std),
         torch.randn(image_shape, generator=generator, device=device),
         torch.randn(latent_shape, generator=generator, device=device),
@@ -54,42 +51,23 @@ def step_draws(
     )
 
 
-class ImageLosses(nn.Module):
-    """Terms between a predicted image and its target: lpips, features and gan_disc, each where its network is given.
+class Predicted(NamedTuple):
+    """An image that a decoder made in one step, without gradients, and from what: the discriminator is shown it."""
 
-    The discriminator is trained elsewhere and is not a submodule; its parameters need no gradients while this is used.
-    """
-
-    def __init__(
-        self,
-        lpips: nn.Module | None = None,
-        features: nn.Module | None = None,
-        discriminator: Discriminator | None = None,
-    ):
-        super().__init__()
-        self.lpips, self.features = lpips, features
-        object.__setattr__(self, "discriminator", discriminator)
-        given = {"lpips": lpips, "features": features, "gan_disc": discriminator}
-        self.terms = [name for name, network in given.items() if network is not None]
-        self.seen: tuple[Tensor, Tensor, Tensor] | None = None
-        """Prediction, x_t and t of the last call, without gradients: what the discriminator is trained on."""
-
-    def forward(
-        self, prediction: Tensor, target: Tensor, x_t: Tensor, t: Tensor, active: Terms = None
-    ) -> dict[str, Tensor]:
-        """float32 scalars of images [B, 3, H, W], about [-1, 1]; t is a scalar or [B]."""
-        terms, active = {}, self.terms if active is None else active
-        if self.lpips is not None and "lpips" in active:
-            terms["lpips"] = self.lpips(prediction, target).mean()
-        if self.features is not None and "features" in active:
-            terms["features"] = self.features(prediction, target).mean()
-        if self.discriminator is not None and "gan_disc" in active:
-            self.seen = prediction.detach(), x_t, t
-            terms["gan_disc"] = self.discriminator.generator_loss(prediction, x_t, t)
-        return terms
+    image: Tensor  # [B, 3, H, W]
+    x_t: Tensor  # [B, 3, H, W]
+    t: Tensor  # a scalar or [B]
 
 
-class FlowObjective(nn.Module):
+class Losses(NamedTuple):
+    """What an objective makes of a batch."""
+
+    terms: dict[str, Tensor]
+    """Unweighted loss terms, float32 scalars."""
+    predicted: Predicted
+
+
+class TokenizerFlowObjective(nn.Module):
     """Flow matching in pixel space given a sampled latent; trains the decoder, and the encoder unless it is frozen.
 
     direct: only at t = 1, where one step must reach the image: what distillation is compared with.
@@ -113,8 +91,8 @@ class FlowObjective(nn.Module):
         self.with_kl = with_kl and self.encoder_trains
         self.terms = ["diffusion", *self.images.terms, *["repa"] * (repa is not None), *["kl"] * self.with_kl]
 
-    def forward(self, x: Tensor, draws: Draws, active: Terms = None) -> dict[str, Tensor]:
-        """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]."""
+    def forward(self, x: Tensor, draws: TokenizerDraws, active: Terms = None) -> Losses:
+        """The losses of images x [B, 3, H, W] in [-1, 1]."""
         with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
             posterior = self.tokenizer.encode(x)
             z = posterior.sample(noise=draws.z_eps)
@@ -122,12 +100,13 @@ class FlowObjective(nn.Module):
         x_t = interpolate(x, draws.eps, t)
         v, tokens = velocity_and_tokens(self.tokenizer, x_t, t, z, None if self.repa is None else self.repa_block)
         terms = {"diffusion": (v - velocity_target(x, draws.eps)).square().mean()}
-        terms |= self.images(predict_data(x_t, v, t), x, x_t, t, active)
+        prediction = predict_data(x_t, v, t)
+        terms |= self.images(prediction, x, x_t, t, active)
         if self.repa is not None:
             terms["repa"] = self.repa(tokens, x) if active is None or "repa" in active else self.repa.idle()
         if self.with_kl:
             terms["kl"] = posterior.kl().mean()
-        return terms
+        return Losses(terms, Predicted(prediction.detach(), x_t, t))
 
 
 class AutoencoderObjective(nn.Module):
@@ -140,24 +119,27 @@ class AutoencoderObjective(nn.Module):
         self.with_kl = with_kl and self.encoder_trains
         self.terms = ["l1", *self.images.terms, *["kl"] * self.with_kl]
 
-    def forward(self, x: Tensor, draws: Draws, active: Terms = None) -> dict[str, Tensor]:
-        """Unweighted loss terms, float32 scalars, of images x [B, 3, H, W] in [-1, 1]; only `draws.z_eps` is used."""
+    def forward(self, x: Tensor, draws: TokenizerDraws, active: Terms = None) -> Losses:
+        """The losses of images x [B, 3, H, W] in [-1, 1]; of the draws, only `z_eps` is used."""
         with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
             posterior = self.tokenizer.encode(x)
             z = posterior.sample(noise=draws.z_eps)
-        y = self.tokenizer.decoder(z)
-        terms = {"l1": (y - x).abs().mean()} | self.images(y, x, x, torch.zeros((), device=x.device), active)
+        y, t = self.tokenizer.decoder(z), torch.zeros((), device=x.device)
+        terms = {"l1": (y - x).abs().mean()} | self.images(y, x, x, t, active)
         if self.with_kl:
             terms["kl"] = posterior.kl().mean()
-        return terms
+        return Losses(terms, Predicted(y.detach(), x, t))
 
 
 def velocity_and_tokens(
     tokenizer: SSDD, x_t: Tensor, t: Tensor, z: Tensor, keep: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The decoder's velocity at x_t [B, 3, H, W], and its tokens after transformer block `keep`."""
-    condition = tokenizer.decoder.condition(z, *x_t.shape[-2:])
-    return tokenizer.decoder.velocity_and_tokens(x_t, t, condition, keep)
+    """The decoder's velocity at x_t [B, 3, H, W], and its tokens after block number `keep`, if any."""
+    decoder = tokenizer.decoder
+    condition = decoder.condition(z, *x_t.shape[-2:])
+    if keep is None:
+        return decoder.velocity(x_t, t, condition), None
+    return decoder.velocity_and_tokens(x_t, t, condition, keep)
 
 
 def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

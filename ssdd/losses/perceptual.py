@@ -6,7 +6,8 @@ import contextlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +18,6 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.pretrained import find, has, load_tensors
 from ssdd.fidelity.features import LITE0, TimmStages
 from ssdd.images.pixels import to_uint8
-
-PERCEPTUAL_METRICS = {"LPIPS": "alexnet", "lite0_distance": "efficientnet_lite0", "DreamSim": "dreamsim"}
-"""Metric of an evaluation -> weights that it needs."""
 
 DREAMSIM_HUB_FILES = ("facebookresearch_dino_main/hubconf.py", "checkpoints/dino_vitbase16_pretrain.pth")
 """What the package dreamsim has torch.hub fetch into its weights' folder, and run, where it is not there yet."""
@@ -170,30 +168,46 @@ def _dreamsim_folder() -> Path:
     return folder
 
 
-def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, Lpips | FeatureDistance | DreamSim]:
-    """The perceptual metrics among `names`; "auto" stands for all whose weights (and package) are on this machine.
-
-    UserError for one that is named and missing.
-    """
-    chosen = [name for name in PERCEPTUAL_METRICS if name in names or ("auto" in names and _is_here(name))]
-    makers = {
-        "LPIPS": lambda: Lpips("alex", padded=True),
-        "lite0_distance": FeatureDistance,
-        "DreamSim": lambda: DreamSim(device),
-    }
-    return {name: makers[name]().to(device) for name in chosen}
-
-
-def automatic_without_weights(names: Sequence[str]) -> list[str]:
-    """Perceptual metrics of "auto" among `names` whose weights are not found."""
-    return [name for name in PERCEPTUAL_METRICS if "auto" in names and name not in names and not _is_here(name)]
-
-
-def _is_here(metric: str) -> bool:
-    if metric != "DreamSim":
-        return has(PERCEPTUAL_METRICS[metric])
+def _dreamsim_is_here() -> bool:
     try:
         _dreamsim_folder()
     except UserError:
         return False
     return importlib.util.find_spec("dreamsim") is not None
+
+
+@dataclass(frozen=True)
+class PerceptualMetric:
+    """An entry of `PERCEPTUAL_METRICS`."""
+
+    build: Callable[[torch.device | str], nn.Module]
+    """Device -> a module with `features` of images [B, 3, H, W] in [-1, 1], and `distance` [B] of two such features."""
+    is_here: Callable[[], bool]
+    """Whether the weights (and package) that it needs are on this machine."""
+
+
+PERCEPTUAL_METRICS = {
+    "LPIPS": PerceptualMetric(lambda _: Lpips("alex", padded=True), lambda: has("alexnet")),
+    "lite0_distance": PerceptualMetric(lambda _: FeatureDistance(), lambda: has("efficientnet_lite0")),
+    "DreamSim": PerceptualMetric(DreamSim, _dreamsim_is_here),
+}
+"""Every perceptual distance that an evaluation can measure; one is added here alone."""
+
+
+def load_metrics(names: Sequence[str], device: torch.device | str) -> dict[str, nn.Module]:
+    """The perceptual metrics among `names`; "auto" stands for all whose weights (and package) are on this machine.
+
+    UserError for one that is named and missing.
+    """
+    return {
+        name: metric.build(device).to(device)
+        for name, metric in PERCEPTUAL_METRICS.items()
+        if name in names or ("auto" in names and metric.is_here())
+    }
+
+
+def automatic_without_weights(names: Sequence[str]) -> list[str]:
+    """Perceptual metrics of "auto" among `names` whose weights are not found."""
+    if "auto" not in names:
+        return []
+    return [name for name, metric in PERCEPTUAL_METRICS.items() if name not in names and not metric.is_here()]

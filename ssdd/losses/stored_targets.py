@@ -45,7 +45,7 @@ class TargetStore:
         """Write the shards that are missing; process `rank` of `world` writes every `world`-th."""
         device = next(teacher.parameters()).device
         todo = [i for i in range(rank, self.noises * -(-self.count // SHARD), world) if not self._path(i).is_file()]
-        with ProgressLog(len(todo), description="targets", unit="shard", main_process=rank == 0) as progress:
+        with ProgressLog(len(todo), description="targets", main_process=rank == 0) as progress:
             for shard in todo:
                 draw, first = shard % self.noises, shard // self.noises * SHARD
                 indices = torch.arange(first, min(first + SHARD, self.count))

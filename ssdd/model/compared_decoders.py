@@ -30,13 +30,12 @@ class Row:
 
     def provenance(self) -> dict[str, Any]:
         """What a result records of the decoder: reference, sha256 of its weights, steps, sizes, encoder."""
-        config = getattr(self.tokenizer, "config", {})
         return {
             "reference": self.reference,
             "weights": self.checksum,
             "steps": self.steps,
-            "decoder": config.get("decoder", "AutoencoderKL"),
-            "sampler": config.get("fm_sampler"),
+            "decoder": self.tokenizer.config["decoder"],
+            "sampler": self.tokenizer.config["fm_sampler"],
             "encoder_fingerprint": self.tokenizer.encoder_fingerprint(),
         }
 

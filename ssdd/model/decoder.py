@@ -8,24 +8,28 @@ blocks only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssdd.engine.errors import UserError
 from ssdd.engine.recompute import run_block
 from ssdd.model.attention import RelativePositionBias, WindowAttention, WindowGeometry
 from ssdd.model.layers import Downsample, FeedForward, ResnetBlock, TimeEmbedding, Upsample
 from ssdd.model.norms import AdaLayerNorm, GroupNorm, add, silu
 
+DECODER_STRIDE = 8  # three halvings of the image
+DEFAULT_WINDOW = 8
+
 
 @dataclass(frozen=True)
 class DecoderSize:
-    """Widths and depth of a decoder."""
+    """Widths and depth of a decoder. ValueError for heads that do not divide its channels."""
 
+    window: int = field(default=DEFAULT_WINDOW, kw_only=True)
+    """Side of the attention window, in tokens."""
     base: int
     """Channels of the first level before `multiples` and rounding up to a multiple of `groups`."""
     multiples: tuple[int, int, int, int]
@@ -38,6 +42,10 @@ class DecoderSize:
     init_std: float | None = 0.02
     """Deviation of the convolutions at the start; None takes fan_in^-1/2, which narrow layers need to pass a signal."""
 
+    def __post_init__(self) -> None:
+        if self.levels[-1] % self.head_count:
+            raise ValueError(f"{self.levels[-1]} channels do not divide into {self.head_count} heads")
+
     @property
     def levels(self) -> list[int]:
         """Channels of the four levels."""
@@ -49,7 +57,6 @@ class DecoderSize:
         return self.heads or min(16, max(4, self.levels[-1] // 64))
 
 
-DECODER_STRIDE = 8  # three halvings of the image
 DECODER_SIZES = {
     "XXS": DecoderSize(32, (1, 1, 1, 2), layers=2, heads=2, groups=8, init_std=None),
     "XS": DecoderSize(32, (1, 2, 3, 3), layers=8, heads=4),
@@ -63,26 +70,20 @@ DECODER_SIZES = {
     "G": DecoderSize(384, (1, 2, 4, 4), layers=16),
 }
 """XS..G are the published sizes; XXS is an addition, for quickstarts and tests on images of 16 to 32 px."""
-DEFAULT_WINDOW = 8
 
 
-def parse_decoder(decoder: str | Mapping[str, Any]) -> tuple[DecoderSize, int]:
-    """Size and attention window of a decoder given as "M", {"size": "M", "window": 8}, or with fields of `DecoderSize`.
-
-    Fields besides `size` replace those of that size. UserError for unknown names and impossible numbers.
-    """
-    options = {"size": decoder} if isinstance(decoder, str) else dict(decoder)
-    window, name = options.pop("window", DEFAULT_WINDOW), options.pop("size", None)
-    if name is not None and name not in DECODER_SIZES:
-        raise UserError(f"decoder size {name!r} is unknown; the sizes are {', '.join(DECODER_SIZES)}")
-    try:
-        size = DecoderSize(**options) if name is None else replace(DECODER_SIZES[name], **options)
-    except TypeError:
-        known = ", ".join(["size", "window", *(entry.name for entry in fields(DecoderSize))])
-        raise UserError(f"decoder {dict(decoder)}: expected some of the keys {known}, or size alone") from None
-    if size.levels[-1] % size.head_count:
-        raise UserError(f"decoder {decoder!r}: {size.levels[-1]} channels do not divide into {size.head_count} heads")
-    return size, window
+def size_of_weights(weights: Mapping[str, Tensor]) -> str | dict[str, Any] | None:
+    """The size of a decoder with these tensors, by their names and shapes, as `SSDD` takes it; None for others."""
+    table = weights.get("mid_block.transformer_blocks.0.relative_position_bias.relative_bias_table")
+    firsts = [weights.get(f"down_blocks.{i}.resnets.0.conv1.weight") for i in range(4)]
+    if table is None or table.ndim != 3 or any(first is None for first in firsts):
+        return None
+    layers = len({key.split(".")[2] for key in weights if key.startswith("mid_block.transformer_blocks.")})
+    shape, window = ([len(first) for first in firsts], layers, table.shape[-1]), (len(table) + 1) // 2
+    for name, size in DECODER_SIZES.items():
+        if shape == (size.levels, size.layers, size.head_count):
+            return name if window == DEFAULT_WINDOW else {"size": name, "window": window}
+    return None
 
 
 class TransformerBlock(nn.Module):
@@ -95,6 +96,10 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels, eps=1e-5)
         self.ff = FeedForward(channels)
         self.relative_position_bias = RelativePositionBias(window, heads)
+
+    def sharded(self) -> list[nn.Module]:
+        """See `ssdd.engine.sharding`; norm1 and the position bias are read by `MiddleBlock.condition`."""
+        return [self.attn1, self.norm2, self.ff]
 
     def forward(self, x: Tensor, modulation: Tensor, bias: Tensor, geometry: WindowGeometry) -> Tensor:
         x = x + self.attn1(self.norm1(x, modulation), bias, geometry)
@@ -179,18 +184,19 @@ class UpBlock(nn.Module):
 class UViTDecoder(nn.Module):
     """Velocity network of the tokenizer.
 
-    `size` is a name of `DECODER_SIZES` or a `DecoderSize`; `z_dim` the latent channels; `window` the attention window.
+    `size` is a name of `DECODER_SIZES` or a `DecoderSize`; `z_dim` the latent channels.
     Without gradients, activations are overwritten by later ones: hooks that keep them must clone them.
     """
 
     recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
+    pixel_multiple = DECODER_STRIDE
 
-    def __init__(self, size: str | DecoderSize, z_dim: int = 4, window: int = DEFAULT_WINDOW):
+    def __init__(self, size: str | DecoderSize, z_dim: int = 4):
         super().__init__()
         size = DECODER_SIZES[size] if isinstance(size, str) else size
         levels, groups = size.levels, size.groups
         ctx, temb, middle = levels[0], 4 * levels[0], levels[-1]
-        self.z_dim = z_dim
+        self.z_dim, self.token_blocks, self.token_width = z_dim, size.layers, middle
 
         def resnet(c_in: int, c_out: int) -> ResnetBlock:
             return ResnetBlock(c_in, c_out, ctx, temb, groups)
@@ -207,7 +213,7 @@ class UViTDecoder(nn.Module):
             last = i == len(levels) - 1
             self.down_blocks.append(DownBlock(resnets, not last, channels))
             skips += [channels] * (2 if last else 3)
-        self.mid_block = MiddleBlock(middle, ctx, size.head_count, size.layers, groups, window)
+        self.mid_block = MiddleBlock(middle, ctx, size.head_count, size.layers, groups, size.window)
         self.up_blocks = nn.ModuleList()
         below = middle
         for i, channels in enumerate(reversed(levels)):

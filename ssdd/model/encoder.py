@@ -46,6 +46,10 @@ class EncoderBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
+    def sharded(self) -> list[nn.Module]:
+        """See `ssdd.engine.sharding`."""
+        return [self]
+
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
         h = self.conv2(silu(self.norm2(h)))
@@ -63,6 +67,10 @@ class EncoderAttention(nn.Module):
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def sharded(self) -> list[nn.Module]:
+        """See `ssdd.engine.sharding`."""
+        return [self]
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)

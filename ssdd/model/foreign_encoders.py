@@ -54,6 +54,8 @@ class KLVAE(nn.Module):
     """
 
     deterministic = True
+    config = {"decoder": "AutoencoderKL", "fm_sampler": None}
+    """As that of a tokenizer, for results."""
 
     def __init__(self, vae: Any):
         super().__init__()

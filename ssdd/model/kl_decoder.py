@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,12 +15,32 @@ from ssdd.model.layers import Upsample
 from ssdd.model.norms import GroupNorm, silu
 
 RESNETS_A_LEVEL = 3
+KL = "kl"
+
+
+@dataclass(frozen=True)
+class KLSize:
+    """Width of a KL-VAE's decoder."""
+
+    width: int = 128
+    """Channels of the finest level; 128 is the published one."""
+
+
+KL_SIZES = {KL: KLSize()}
+
+
+def size_of_weights(weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The size of a decoder with these tensors, as `SSDD` takes it; None where they are not those of a `KLDecoder`."""
+    if not {"post_quant_conv.weight", "norm_out.weight"} <= set(weights):
+        return None
+    return {"size": KL, "width": len(weights["norm_out.weight"])}
 
 
 class KLDecoder(nn.Module):
     """Latent [B, c, h, w] -> image [B, 3, h f, w f], about [-1, 1]; mirrors the encoder, names as in LDM."""
 
     recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
+    pixel_multiple = 1
 
     def __init__(self, stride: int, z_dim: int, width: int = 128):
         super().__init__()

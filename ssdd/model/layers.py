@@ -57,6 +57,10 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
+    def sharded(self) -> list[nn.Module]:
+        """See `ssdd.engine.sharding`; norm1 is read by the decoder's `condition`."""
+        return [part for part in self.children() if part is not self.norm1]
+
     def forward(self, x: Tensor, temb: Tensor, modulation: Tensor, skip: Tensor | None = None) -> Tensor:
         """x and, after it in the channels, the skip connection: [B, Cin, H, W] together.
 

@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.images.pixels import to_uint8
-from ssdd.model.decoder import DECODER_STRIDE, UViTDecoder, parse_decoder
+from ssdd.model.decoder_families import parse_decoder
 from ssdd.model.encoder import Encoder, parse_encoder_name
 from ssdd.model.flow import Velocity, euler, time_grid
 from ssdd.model.foreign_encoders import SD_VAE, KLEncoder, adopt, encoder_fingerprint
-from ssdd.model.kl_decoder import KLDecoder
 from ssdd.model.latent import DiagonalGaussian
 from ssdd.model.tiling import Tile, blend, tile_image
 from ssdd.model.weight_files import encoder_weights, license_of, load_weights, options_of, read_weights
 
 WEIGHTS_NAME = "model.safetensors"
-KL = "kl"
 HALF = (torch.float16, torch.bfloat16)
 CONFIG_KEYS = ("encoder", "decoder", "fm_sampler")
 METADATA_KEY = "ssdd"
@@ -32,13 +30,13 @@ METADATA_KEY = "ssdd"
 
 
 class SSDD(nn.Module):
-    """Image tokenizer with a KL encoder and a U-ViT flow-matching decoder (arXiv 2510.04961).
+    """Image tokenizer with a KL encoder and a flow-matching decoder, by default a U-ViT (arXiv 2510.04961).
 
     encoder: "f8c4" (stride 8, 4 channels), f4..f64 with any channel count, or {"name": "f8c4", "width": 64}; "sdvae" or
         {"name": "diffusers", "path": FOLDER} for a frozen AutoencoderKL (see `ssdd.model.foreign_encoders`); or a
             frozen module.
         Frozen encoders from elsewhere are neither parameters of the tokenizer nor part of its files.
-    decoder: a size of `ssdd.model.decoder.DECODER_SIZES`, or a mapping (see `parse_decoder` there); "kl" or
+    decoder: a size of the families in `ssdd.model.decoder_families`, or a mapping (see `parse_decoder` there); "kl" or
         {"size": "kl", "width": 128} is the deterministic decoder of a KL-VAE, as a baseline.
     checkpoint: run name, `run@best`, folder or weights file with both networks; `encoder_checkpoint` the same, or a
         KL-VAE under LDM's or diffusers' names, of which only the encoder is read.
@@ -69,19 +67,25 @@ class SSDD(nn.Module):
             "fm_sampler": {"steps": 8, "t_pow_shift": 2.0} | dict(fm_sampler or {}),
         }
         self.f, self.z_dim = network.f, network.z_dim
+        self._borrowed: tuple[
+            nn.Module, ...
+        ] = ()  # in a tuple it is not a submodule: files and optimizers leave it out
         if isinstance(network, Encoder):
-            self.encoder = network
+            self.encoder = network  # a submodule
             if encoder_train:
                 network.initialise(posterior_std)
             network.requires_grad_(encoder_train)
         elif encoder_train or encoder_checkpoint is not None:
             raise UserError(f"the encoder {described} comes with its weights and stays frozen")
         else:
-            object.__setattr__(self, "encoder", network)  # not a submodule: no parameters, not in the state dict
-        self.decoder = _build_decoder(decoder, self.f, self.z_dim)
-        self.deterministic = isinstance(self.decoder, KLDecoder)
-        """Whether decoding takes neither noise nor steps."""
-        self.side_multiple = self.f if self.deterministic else math.lcm(self.f, DECODER_STRIDE)
+            self._borrowed = (network,)
+        family, size = parse_decoder(decoder)
+        self.decoder = family.build(size, self.f, self.z_dim)
+        self.most_steps = family.most_steps
+        """Steps that decoding can take at most: None for any number, 0 where it takes neither noise nor steps."""
+        if self.most_steps == 1:
+            self.config["fm_sampler"]["steps"] = 1
+        self.side_multiple = math.lcm(self.f, self.decoder.pixel_multiple)
         self.license: str | None = None
         """Of weights that were loaded; saved with what is trained from them."""
         self._rows: int | None = None
@@ -98,6 +102,16 @@ class SSDD(nn.Module):
             load_weights(self.encoder, encoder_weights(weights, path), path)
             self.license = self.license or license_of(weights, metadata, METADATA_KEY in metadata)
         self.to(memory_format=torch.channels_last)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Images to the parameters of the posterior."""
+        return self._borrowed[0] if self._borrowed else self._modules["encoder"]
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether decoding takes neither noise nor steps."""
+        return self.most_steps == 0
 
     def compile(self, **options: object) -> None:
         """torch.compile encoder and decoder in place; the state dict stays the same, copies are not compiled.
@@ -149,13 +163,16 @@ class SSDD(nn.Module):
         """Latent [B, c, h, w] -> image [B, 3, h f, w f], float32, about [-1, 1].
 
         Starts from `noise` (of the image's shape), else from noise drawn with `generator`; the result is a function of
-        z and that noise. `steps` defaults to fm_sampler's; `x0_clamp` clamps the result to [-1, 1].
+        z and that noise. `steps` defaults to fm_sampler's; `x0_clamp` clamps the result to [-1, 1]. UserError for more
+        steps than the decoder was made for.
         """
         steps = self.config["fm_sampler"]["steps"] if steps is None else steps
         height, width = z.shape[-2] * self.f, z.shape[-1] * self.f
         if self.deterministic:
             y = torch.cat([self._decode_deterministic(part, height, width) for part in z.split(self._rows or len(z))])
             return y.clamp(-1, 1) if x0_clamp else y
+        if self.most_steps is not None and steps > self.most_steps:
+            raise UserError(f"{steps} steps: decoder {self.config['decoder']} takes {self.most_steps}")
         if noise is None:
             device = generator.device if generator is not None else z.device
             noise = torch.randn(z.shape[0], 3, height, width, generator=generator, device=device)
@@ -214,8 +231,8 @@ class SSDD(nn.Module):
         if exact and fn(torch.zeros(1)).dtype in HALF:
             self._exact_fingerprint = self.encoder_fingerprint()  # the last chance to see the weights as they are
         super()._apply(fn, recurse)
-        if "encoder" not in self._modules:  # a frozen encoder from elsewhere moves along
-            self.encoder._apply(fn)
+        for network in self._borrowed:  # a frozen encoder from elsewhere moves along
+            network._apply(fn)
         return self
 
     def encoder_fingerprint(self) -> str:
@@ -230,8 +247,8 @@ class SSDD(nn.Module):
     @property
     def metadata(self) -> dict[str, str]:
         """Metadata that every safetensors file with these weights carries."""
-        told = {} if self.license is None else {"license": self.license}
-        return {METADATA_KEY: json.dumps(self.config, sort_keys=True), **told}
+        license = {} if self.license is None else {"license": self.license}
+        return {METADATA_KEY: json.dumps(self.config, sort_keys=True), **license}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write folder/model.safetensors atomically: weights in the official layout, configuration as metadata."""
@@ -243,8 +260,9 @@ class SSDD(nn.Module):
     ) -> SSDD:
         """From a folder, a weights file or a run name; files of ours carry their configuration.
 
-        Keyword arguments replace entries of that configuration. Without one, as in an official SSDD file, encoder and
-        decoder are inferred from names and shapes. strict=False loads the tensors that fit and logs the rest.
+        Keyword arguments replace entries of that configuration, those of fm_sampler one by one. Without one, as in an
+        official SSDD file, encoder and decoder are inferred from names and shapes. strict=False loads the tensors that
+        fit and logs the rest.
         """
         if unknown := set(overrides) - set(CONFIG_KEYS) - {"encoder_train", "posterior_std"}:
             raise UserError(
@@ -253,7 +271,8 @@ class SSDD(nn.Module):
         path = resolve(str(reference), ckpt_dir)
         weights, metadata = read_weights(path)
         config = _stored_config(metadata, path) if METADATA_KEY in metadata else options_of(weights)
-        config |= overrides
+        sampler = {**config.get("fm_sampler", {}), **overrides.get("fm_sampler", {})}
+        config |= overrides | {"fm_sampler": sampler}
         if not {"encoder", "decoder"} <= set(config):
             raise UserError(f"{path} records no architecture: pass encoder= and decoder=, such as f8c4 and M")
         model = cls(**config)
@@ -270,17 +289,6 @@ def _stored_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, AssertionError):
         raise UserError(f"{path}: its metadata {METADATA_KEY!r} is not the JSON object of a tokenizer") from None
     return {key: config[key] for key in CONFIG_KEYS if key in config}
-
-
-def _build_decoder(decoder: str | Mapping[str, Any], f: int, z_dim: int) -> nn.Module:
-    """A U-ViT, or for "kl" or {"size": "kl", "width": 128} the decoder of a KL-VAE."""
-    options = {"size": decoder} if isinstance(decoder, str) else dict(decoder)
-    if options.get("size") == KL:
-        if unknown := set(options) - {"size", "width"}:
-            raise UserError(f"decoder {decoder}: unknown keys {', '.join(sorted(unknown))}; kl takes width alone")
-        return KLDecoder(f, z_dim, options.get("width", 128))
-    size, window = parse_decoder(decoder)
-    return UViTDecoder(size, z_dim, window)
 
 
 def _build_encoder(encoder: str | Mapping[str, Any] | nn.Module) -> tuple[nn.Module, dict[str, Any]]:

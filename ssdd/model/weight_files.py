@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssdd.engine.errors import UserError, first_line
 from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.pretrained import read_torch_file
-from ssdd.model.decoder import DECODER_SIZES, DEFAULT_WINDOW
+from ssdd.model.decoder_families import decoder_of_weights
 
 log = logging.getLogger(__name__)
 Weights = dict[str, Tensor]
@@ -79,19 +79,8 @@ def options_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         channels, width = len(weights[f"{prefix}out_proj.weight"]) // 2, len(weights[f"{prefix}conv_in.weight"])
         name = f"f{2 ** (levels - 1)}c{channels}"
         found["encoder"] = name if width == 128 else {"name": name, "width": width}
-    table = weights.get("decoder.mid_block.transformer_blocks.0.relative_position_bias.relative_bias_table")
-    if table is None or table.ndim != 3:
-        return found
-    shape = (
-        [_length(weights, f"decoder.down_blocks.{i}.resnets.0.conv1.weight") for i in range(4)],
-        _count(weights, r"decoder\.mid_block\.transformer_blocks\.(\d+)\."),
-        table.shape[-1],
-    )
-    for name, size in DECODER_SIZES.items():
-        if shape == (size.levels, size.layers, size.head_count):
-            window = (len(table) + 1) // 2
-            found["decoder"] = name if window == DEFAULT_WINDOW else {"size": name, "window": window}
-    return found
+    decoder = decoder_of_weights(weights)
+    return found if decoder is None else found | {"decoder": decoder}
 
 
 def encoder_weights(weights: Mapping[str, Tensor], source: Path) -> Weights:
@@ -155,7 +144,3 @@ def _encoder_name(key: str) -> str:
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
     return 1 + max((int(match[1]) for key in weights if (match := re.match(pattern, key))), default=-1)
-
-
-def _length(weights: Mapping[str, Tensor], key: str) -> int:
-    return len(weights[key]) if key in weights else 0

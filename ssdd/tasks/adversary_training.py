@@ -12,17 +12,14 @@ from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes, gradients_kept
 from ssdd.engine.state import OptimizerState, Part, Weights
 from ssdd.losses.adversary import Discriminator
-from ssdd.losses.objective import ImageLosses
+from ssdd.losses.objective import Predicted
 
 
 class AdversaryTraining:
-    """The adversary's half of every step; without a discriminator its methods do nothing.
+    """The adversary's half of every step; without a discriminator its methods do nothing."""
 
-    images: the losses that show the discriminator what the decoder made in its last forward pass.
-    """
-
-    def __init__(self, cfg: SSDDConfig, discriminator: Discriminator | None, images: ImageLosses, precision: Precision):
-        self.discriminator, self.images, self.precision = discriminator, images, precision
+    def __init__(self, cfg: SSDDConfig, discriminator: Discriminator | None, precision: Precision):
+        self.discriminator, self.precision = discriminator, precision
         self.share = 1 / cfg.training.grad_accumulate
         self.weight, self.active = cfg.losses.gan_train, False
         self.terms: list[str] = [] if discriminator is None else ["gan_train"]
@@ -48,14 +45,14 @@ class AdversaryTraining:
         if active:
             self.discriminator.update_norms()
 
-    def backward(self, x: Tensor, more: bool) -> dict[str, Tensor]:
+    def backward(self, x: Tensor, predicted: Predicted, more: bool) -> dict[str, Tensor]:
         """Add the gradients of {"gan_train": loss} on real images x and what was made of them; more: parts follow."""
         if not self.active:
             return {}
         self.discriminator.requires_grad_(True)
         with gradients_kept(self.model, more):
             with self.precision.autocast():
-                loss = self.model(x, *self.images.seen)
+                loss = self.model(x, *predicted)
             self.update.backward(self.weight * loss * self.share)
         self.discriminator.requires_grad_(False)
         return {"gan_train": loss.detach()}

@@ -17,14 +17,13 @@ from ssdd.images.batches import eval_batches
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.sources import open_source
 from ssdd.losses.adversary import Discriminator
-from ssdd.losses.distillation import DistillationObjective
-from ssdd.losses.objective import AutoencoderObjective, FlowObjective, ImageLosses, step_draws
-from ssdd.losses.perceptual import FeatureDistance, Lpips
+from ssdd.losses.distillation import DistillationObjective, DistilledLatent
+from ssdd.losses.image_losses import ImageLosses, build_losses
+from ssdd.losses.objective import AutoencoderObjective, TokenizerFlowObjective, step_draws
 from ssdd.losses.repa import PatchTokens, RepaLoss
-from ssdd.model.decoder import TransformerBlock
-from ssdd.model.encoder import ENCODER_NAME, EncoderAttention, EncoderBlock
-from ssdd.model.layers import ResnetBlock
-from ssdd.model.tokenizer import KL, METADATA_KEY, SSDD
+from ssdd.model.decoder_families import TOKEN_STRIDE, family_of
+from ssdd.model.encoder import ENCODER_NAME
+from ssdd.model.tokenizer import METADATA_KEY, SSDD
 from ssdd.model.weight_files import encoder_weights, options_of, read_weights
 
 IMAGES_FOR_DEVIATION = 256
@@ -50,9 +49,11 @@ def build_tokenizer(cfg: SSDDConfig) -> SSDD:
     images of `dataset.im_size` do not fit it.
     """
     decoder, one_step = cfg.ssdd.decoder, cfg.distill_teacher or cfg.objective == "direct"
+    if family_of(decoder).of_encoder_width:
+        decoder = {"size": decoder, "width": cfg.ssdd.encoder_width}
     network = SSDD(
         encoder=encoder_option(cfg),
-        decoder={"size": KL, "width": cfg.ssdd.encoder_width} if decoder == KL else decoder,
+        decoder=decoder,
         checkpoint=cfg.ssdd.checkpoint,
         encoder_checkpoint=cfg.ssdd.encoder_checkpoint,
         encoder_train=cfg.ssdd.encoder_train and not cfg.distill_teacher,
@@ -96,7 +97,8 @@ def build_discriminator(cfg: SSDDConfig, precision: Precision) -> Discriminator 
         raise UserError(
             f"gan.discriminator.n_layers={options.n_layers} needs images of {2 ** (options.n_layers + 1)} px or more"
         )
-    return Discriminator(options.n_layers, options.trajectory and cfg.ssdd.decoder != KL, options.norm_fn)
+    takes_noise = family_of(cfg.ssdd.decoder).most_steps != 0
+    return Discriminator(options.n_layers, options.trajectory and takes_noise, options.norm_fn)
 
 
 def build_objective(cfg: SSDDConfig, network: SSDD, discriminator: Discriminator | None) -> nn.Module:
@@ -104,54 +106,29 @@ def build_objective(cfg: SSDDConfig, network: SSDD, discriminator: Discriminator
 
     UserError if a loss network's weights are missing, or the options contradict each other.
     """
-    weights = cfg.losses
-    images = ImageLosses(
-        Lpips("vgg") if weights.lpips else None,
-        FeatureDistance(cfg.aux_losses.features.model) if weights.features else None,
-        discriminator,
-    )
-    if cfg.distill_teacher and cfg.objective == "direct":
+    images, with_kl = ImageLosses(build_losses(cfg.losses, cfg.aux_losses), discriminator), cfg.losses.kl != 0
+    direct, decoder = cfg.objective == "direct", network.decoder
+    if cfg.distill_teacher and direct:
         raise UserError("distill_teacher=true learns from a teacher, objective=direct from real images: choose one")
+    if network.most_steps is not None and (cfg.distill_teacher or (direct and network.deterministic)):
+        refused = "no distill_teacher, no objective=direct" if network.deterministic else "no distill_teacher"
+        raise UserError(f"ssdd.decoder={cfg.ssdd.decoder} decodes in one step already: {refused}")
     if network.deterministic:
-        if cfg.distill_teacher or cfg.objective == "direct":
-            raise UserError("ssdd.decoder=kl decodes in one step already: no distill_teacher, no objective=direct")
-        return AutoencoderObjective(network, images, with_kl=weights.kl != 0)
-    repa, block = None, min(cfg.aux_losses.repa.i_extract, len(network.decoder.mid_block.transformer_blocks) // 2)
-    if weights.repa:
-        grid = (cfg.dataset.im_size // 8,) * 2
-        teacher = PatchTokens(cfg.aux_losses.repa.model, grid)
-        channels = network.decoder.mid_block.proj_in.in_features
-        repa = RepaLoss(channels, teacher, cfg.aux_losses.repa.n_layers)
+        return AutoencoderObjective(network, images, with_kl)
+    repa, block = None, min(cfg.aux_losses.repa.i_extract, decoder.token_blocks // 2)
+    if cfg.losses.repa:
+        if decoder.token_blocks == 0:
+            raise UserError(f"losses.repa compares tokens, and ssdd.decoder={cfg.ssdd.decoder} has none: losses.repa=0")
+        teacher = PatchTokens(cfg.aux_losses.repa.model, (cfg.dataset.im_size // TOKEN_STRIDE,) * 2)
+        repa = RepaLoss(decoder.token_width, teacher, cfg.aux_losses.repa.n_layers)
     if not cfg.distill_teacher:
-        return FlowObjective(network, images, repa, block, weights.kl != 0, direct=cfg.objective == "direct")
+        return TokenizerFlowObjective(network, images, repa, block, with_kl, direct or network.most_steps == 1)
     if cfg.ssdd.checkpoint is None:
         raise UserError("distill_teacher=true needs ssdd.checkpoint=<run or file>: the teacher's weights")
-    return DistillationObjective(
-        network,
-        copy.deepcopy(network),
-        cfg.ssdd.fm_sampler.steps,
-        images,
-        repa,
-        block,
-        latents=cfg.distill.z,
-        tau_max=cfg.distill.tau_max,
-        z_std=latent_deviation(cfg, network) if cfg.distill.z == "noisy" else None,
-    )
-
-
-def sharded_blocks(network: SSDD) -> list[list[nn.Module]]:
-    """What `ssdd.engine.sharding.shard` takes as blocks: those of both networks, less what makes the decoder's
-    `Condition`, which runs before and outside of them.
-    """
-    blocks: list[list[nn.Module]] = []
-    for module in network.modules():
-        if isinstance(module, EncoderBlock | EncoderAttention):
-            blocks.append([module])
-        elif isinstance(module, TransformerBlock):
-            blocks.append([module.attn1, module.norm2, module.ff])
-        elif isinstance(module, ResnetBlock):
-            blocks.append([part for part in module.children() if part is not module.norm1])
-    return blocks
+    z_std = latent_deviation(cfg, network) if cfg.distill.z == "noisy" else None
+    latent = DistilledLatent(cfg.distill.z, cfg.distill.tau_max, z_std)
+    teacher_steps = cfg.ssdd.fm_sampler.steps
+    return DistillationObjective(network, copy.deepcopy(network), teacher_steps, images, repa, block, latent)
 
 
 @torch.no_grad()
@@ -172,6 +149,6 @@ def flop_per_image(cfg: SSDDConfig, objective: nn.Module, precision: Precision) 
     stored = cfg.distill_teacher and cfg.distill.targets == "cache"
     given = [(torch.zeros(latent, device=device), x)] if stored else []
     active = [name for name in objective.terms if name != "gan_disc"]
-    trained = [p for p in objective.parameters() if p.requires_grad]
+    parameters = [p for p in objective.parameters() if p.requires_grad]
     with precision.autocast():
-        return count_flop(lambda: sum(objective(x, draws, active, *given).values()), trained)
+        return count_flop(lambda: sum(objective(x, draws, active, *given).terms.values()), parameters)

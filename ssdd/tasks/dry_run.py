@@ -48,16 +48,17 @@ def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
     given = [(torch.zeros(rows, *latent, device=device), x)] if stored else []
     if cfg.training.grad_checkpoint:
         recompute_activations(network)
-    if cfg.ssdd.compile:
+    if cfg.training.compile:
         network.compile()
 
     def step() -> None:
         with precision.autocast():
-            loss = weighted_sum(objective(x, draws, None, *given), vars(cfg.losses))
+            terms, predicted = objective(x, draws, None, *given)
+            loss = weighted_sum(terms, vars(cfg.losses))
         loss.backward()
         if discriminator is not None:
             with precision.autocast():
-                loss = discriminator(x, *objective.images.seen)
+                loss = discriminator(x, *predicted)
             loss.backward()
             discriminator.zero_grad(set_to_none=True)
         optimizer.step()

@@ -215,12 +215,12 @@ class Evaluation:
 def _rows_of_checkpoint(cfg: SSDDConfig, device: torch.device) -> list[Row]:
     """`ssdd.checkpoint` at every step count; where a frozen diffusers encoder is now, `ssdd.encoder` may change it."""
     encoder = encoder_option(cfg)
-    moved = {"encoder": encoder} if foreign_encoder(encoder) else {}
-    tokenizer = SSDD.from_pretrained(cfg.ssdd.checkpoint, cfg.ckpt_dir, **moved)
+    changes: dict[str, Any] = {"fm_sampler": {"t_pow_shift": cfg.ssdd.fm_sampler.t_pow_shift}}
+    changes |= {"encoder": encoder} if foreign_encoder(encoder) else {}
+    tokenizer = SSDD.from_pretrained(cfg.ssdd.checkpoint, cfg.ckpt_dir, **changes)
     counts = cfg.evaluation.steps or [cfg.ssdd.fm_sampler.steps]
     if tokenizer.config["fm_sampler"]["steps"] == 1 < max(counts):
         log.warning("%s was trained for one step; ssdd.fm_sampler.steps=1 evaluates that", cfg.ssdd.checkpoint)
-    tokenizer.config["fm_sampler"]["t_pow_shift"] = cfg.ssdd.fm_sampler.t_pow_shift
     tokenizer.to(device).eval().requires_grad_(False)
     checksum = sha256_file(resolve(cfg.ssdd.checkpoint, cfg.ckpt_dir))
     return [Row(f"steps-{n}", tokenizer, n, cfg.ssdd.checkpoint, checksum) for n in counts]

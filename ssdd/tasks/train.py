@@ -16,7 +16,7 @@ from torch import nn
 from ssdd.config import SSDDConfig
 from ssdd.engine import checkpoint
 from ssdd.engine.devices import choose_kernels, peak_memory
-from ssdd.engine.ema import Ema
+from ssdd.engine.ema import AVERAGE, build_averages, update_averages
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file
 from ssdd.engine.interrupt import StopRequest
@@ -27,14 +27,14 @@ from ssdd.engine.random import seed_of
 from ssdd.engine.recompute import recompute_activations
 from ssdd.engine.run import RunDirectory
 from ssdd.engine.running_means import RunningMeans
-from ssdd.engine.sharding import shard
+from ssdd.engine.sharding import shard, sharded_blocks
 from ssdd.engine.state import Auxiliary, Average, OptimizerState, TrainingState, Weights
 from ssdd.engine.throughput import Throughput
 from ssdd.engine.training_checks import FirstBadStep
 from ssdd.losses.objective import weighted_sum
 from ssdd.model.tokenizer import SSDD
 from ssdd.tasks.adversary_training import AdversaryTraining
-from ssdd.tasks.build import build_discriminator, build_objective, build_tokenizer, flop_per_image, sharded_blocks
+from ssdd.tasks.build import build_discriminator, build_objective, build_tokenizer, flop_per_image
 from ssdd.tasks.dry_run import dry_run
 from ssdd.tasks.looks import Looks
 from ssdd.tasks.training_images import TrainingImages
@@ -67,22 +67,22 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     looks = Looks(cfg, network, processes, precision)
     if training.fsdp:
         shard(objective, sharded_blocks(network), device, world)
-    parameters, heads = trained(network, objective)
+    parameters, heads = trainable(network, objective)
     groups = parameter_groups(parameters | heads, objective, training.weight_decay)
     optimizer = build_optimizer(training.optimizer, groups, training.lr, training.betas)
     scaler = precision.loss_scaler()
     update = GradientStep(optimizer, [*parameters.values(), *heads.values()], training.grad_clip, scaler)
-    adversary = AdversaryTraining(cfg, discriminator, objective.images, precision)
-    ema = Ema(parameters, cfg.ssdd.ema.decay, min(cfg.ssdd.ema.start_iter, steps // 10))
+    adversary = AdversaryTraining(cfg, discriminator, precision)
+    averages = build_averages(training.ema, parameters, steps)
     means = RunningMeans([*objective.terms, *adversary.terms, "grad_norm"], device)
     bad = FirstBadStep(device)
 
     # Resume: the state has all that a step reads, besides the config.
-    identity |= identity_of_networks(cfg, network, objective.terms)
+    identity |= identity_of_networks(cfg, network, objective.terms, list(averages))
     images.store_targets(objective, [identity.get("teacher"), identity.get("teacher_encoder")])
     parts = {
         "model": Weights(network),
-        "model_ema": Average(ema, network),
+        **{name: Average(average, network) for name, average in averages.items()},
         "optimizer": OptimizerState(optimizer),
         "aux": Auxiliary(heads, means, scaler, processes),
         **adversary.parts,
@@ -93,7 +93,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         return result
     if training.grad_checkpoint:
         recompute_activations(network)
-    if cfg.ssdd.compile:
+    if training.compile:
         for compiled in filter(None, (network, getattr(objective, "teacher", None))):
             compiled.compile()
     model = objective if training.fsdp else processes.data_parallel(objective)
@@ -118,17 +118,17 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 x, draws, stored = batch.rows(part)
                 with gradients_kept(model, more):
                     with precision.autocast():
-                        terms = model(x, draws, active, *stored)
+                        terms, predicted = model(x, draws, active, *stored)
                     loss = weighted_sum(terms, vars(cfg.losses)) / training.grad_accumulate
                     update.backward(loss)
-                terms |= adversary.backward(x, more)
+                terms |= adversary.backward(x, predicted, more)
                 means.add(terms, 1 / training.grad_accumulate)
-                bad.see(loss, terms.get("gan_train"))
+                bad.add(loss, terms.get("gan_train"))
 
             # Optimise, average.
             norm, adversary_norm = update.apply(lr), adversary.apply(lr)
-            bad.see(adversary_norm, None if scaler.is_enabled() else norm)  # a scaler skips such steps
-            ema.update(averaged_weights(optimizer, parameters))
+            bad.add(adversary_norm, None if scaler.is_enabled() else norm)  # a scaler skips such steps
+            update_averages(averages, averaged_weights(optimizer, parameters))
             state.step = done = step + 1
             means.add({"grad_norm": norm})
             means.count([*active, *(adversary.terms if adversary.active else ()), "grad_norm"])
@@ -151,7 +151,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             names: list[str] = []
             if looks.due(done, evaluating):
                 with throughput.paused():
-                    names += looks.take(evaluating, network.state_dict() | ema.tensors(), state, progress)
+                    names += looks.take(evaluating, network.state_dict() | averages[AVERAGE].tensors(), state, progress)
 
             # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:
@@ -182,11 +182,11 @@ def check(cfg: SSDDConfig, steps: int) -> None:
             raise UserError(f"{key}={value} must be at least 1")
     if training.grad_clip < 0:
         raise UserError(f"training.grad_clip={training.grad_clip} must not be negative; 0 disables clipping")
-    if training.fsdp and cfg.ssdd.compile:
-        raise UserError("training.fsdp=true does not support compiled networks yet: set ssdd.compile=false")
+    if training.fsdp and training.compile:
+        raise UserError("training.fsdp=true does not support compiled networks yet: set training.compile=false")
 
 
-def trained(network: SSDD, objective: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def trainable(network: SSDD, objective: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """What the optimizer trains, by name: the network's own parameters, and those of losses, such as REPA's heads."""
     repa = getattr(objective, "repa", None)
     heads = {} if repa is None else dict(repa.named_parameters(prefix="repa_loss"))
@@ -204,9 +204,10 @@ def identity_of(cfg: SSDDConfig, images: TrainingImages) -> dict[str, Any]:
     return identity
 
 
-def identity_of_networks(cfg: SSDDConfig, network: SSDD, terms: list[str]) -> dict[str, Any]:
-    """The rest of it; terms: names of the losses."""
+def identity_of_networks(cfg: SSDDConfig, network: SSDD, terms: list[str], averages: list[str]) -> dict[str, Any]:
+    """The rest of it; terms: names of the losses; averages: files of the moving averages."""
     identity = {"encoder": network.config["encoder"], "decoder": network.config["decoder"], "terms": terms}
+    identity |= {"averages": averages} if len(averages) > 1 else {}  # runs with one do not record it
     return identity | ({"teacher_encoder": network.encoder_fingerprint()} if cfg.distill_teacher else {})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ssdd.images.batches import steps_per_epoch, train_batches
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.sources import open_source
 from ssdd.losses.distillation import DistillationObjective
-from ssdd.losses.objective import Draws, step_draws
+from ssdd.losses.objective import TokenizerDraws, step_draws
 from ssdd.losses.stored_targets import TargetStore
 from ssdd.model.tokenizer import SSDD
 
@@ -29,10 +29,10 @@ class TrainingBatch:
     """One process's rows of a step, on its device."""
 
     x: Tensor  # float32 [b, 3, H, W]
-    draws: Draws
+    draws: TokenizerDraws
     targets: tuple[Tensor, Tensor] | None  # latents [b, c, h, w] and teacher images [b, 3, H, W], where they are stored
 
-    def rows(self, part: slice) -> tuple[Tensor, Draws, list[tuple[Tensor, Tensor]]]:
+    def rows(self, part: slice) -> tuple[Tensor, TokenizerDraws, list[tuple[Tensor, Tensor]]]:
         """Images and draws of a part, and its stored targets, one pair or none: what the objective takes."""
         stored = [] if self.targets is None else [(self.targets[0][part], self.targets[1][part])]
         return self.x[part], self.draws.rows(part), stored
@@ -82,7 +82,7 @@ class TrainingImages:
     def batch(self, read: Any, step: int, network: SSDD) -> TrainingBatch:
         """What was `read` for a step of `network`, on the device, with the step's draws."""
         (x, _, indices, epoch), device = read, self.processes.device
-        times = self.cfg.ssdd.fm_trainer.t_sampler_args
+        times = self.cfg.training
         shapes = (
             (self.batch_size, *x.shape[1:]),
             (self.batch_size, network.z_dim, *(side // network.f for side in x.shape[2:])),
@@ -91,7 +91,7 @@ class TrainingImages:
         draws = draws.rows(slice(self.processes.rank * self.rows, (self.processes.rank + 1) * self.rows))
         targets = None
         if self.targets is not None:
-            draws.eps = self.targets.noise(indices, epoch, tuple(x.shape[1:])).to(device)
+            draws = replace(draws, eps=self.targets.noise(indices, epoch, tuple(x.shape[1:])).to(device))
             z, images = self.targets.gather(indices, epoch)
             targets = to_device(z, device), to_device(images, device)
         x = to_device(x, device).contiguous(memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ from ssdd.engine.program import named_paths, run_program
 from ssdd.engine.run import RunDirectory
 from ssdd_pipeline.report import plots
 from ssdd_pipeline.report.pictures import Gallery, generation_gallery, reconstruction_gallery
-from ssdd_pipeline.report.results import NOT_RECORDED, Evaluation, open_evaluation, provenance, short
+from ssdd_pipeline.report.results import NOT_RECORDED, FinishedEvaluation, open_evaluation, provenance, short
 from ssdd_pipeline.report.tables import Table, gap_table, paired_table, quality_table, summary, verdict
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def write_report(cfg: PipelineConfig, stages: Sequence[Stage]) -> str:
     return f"{text}\n{precisions(rows)}\nreport: {directory / 'report.html'}"
 
 
-def section(evaluation: Evaluation, number: int, pair: Sequence[str] = ()) -> Section:
+def section(evaluation: FinishedEvaluation, number: int, pair: Sequence[str] = ()) -> Section:
     """Everything of an evaluation. pair: the decoders whose pictures are set against each other; default: all."""
     judged = []
     for i, network in enumerate(evaluation.networks):
@@ -131,7 +131,7 @@ def section(evaluation: Evaluation, number: int, pair: Sequence[str] = ()) -> Se
     )
 
 
-def findings(evaluation: Evaluation, pair: Sequence[str]) -> list[str]:
+def findings(evaluation: FinishedEvaluation, pair: Sequence[str]) -> list[str]:
     """What the figures show about the first and the last decoder of `pair`, as far as they are decisive."""
     if len(pair) < 2:
         return []

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ssdd.engine.png import png_bytes
 from ssdd.images.pixels import grid
-from ssdd_pipeline.report.results import Evaluation
+from ssdd_pipeline.report.results import FinishedEvaluation
 
 GAP = 2  # white pixels between images, as grid() writes them
 LARGEST = 80  # side of a thumbnail; smaller images are shown pixel for pixel
@@ -52,7 +52,7 @@ class Gallery:
     """Side to which larger images were reduced."""
 
 
-def generation_gallery(evaluation: Evaluation, decoders: Sequence[str]) -> Gallery | None:
+def generation_gallery(evaluation: FinishedEvaluation, decoders: Sequence[str]) -> Gallery | None:
     """One card per class: the same latents through the decoders, and each one's difference to the first."""
     shown = evaluation.result.get("shown", [])
     if not shown:
@@ -72,7 +72,7 @@ def generation_gallery(evaluation: Evaluation, decoders: Sequence[str]) -> Galle
     return _gallery([(title, parts, first) for title, parts in per_class[:CLASSES]]) if images else None
 
 
-def reconstruction_gallery(evaluation: Evaluation) -> Gallery | None:
+def reconstruction_gallery(evaluation: FinishedEvaluation) -> Gallery | None:
     """One card per decoder or baseline: originals, reconstructions, and their difference."""
     path = picture(evaluation, ORIGINALS)
     if not path.is_file():
@@ -88,7 +88,7 @@ def reconstruction_gallery(evaluation: Evaluation) -> Gallery | None:
     return _gallery(cards) if cards else None
 
 
-def picture(evaluation: Evaluation, name: str) -> Path:
+def picture(evaluation: FinishedEvaluation, name: str) -> Path:
     return evaluation.folder / "pictures" / f"{name}.png"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from ssdd_pipeline.report.results import Evaluation, family, short
+from ssdd_pipeline.report.results import FinishedEvaluation, family, short
 from ssdd_pipeline.report.tables import FLOOR, distance_name
 
 MARKERS = "osD^vP"
@@ -110,7 +110,7 @@ def inline(svg: str, name: str, label: str) -> Markup:
     return Markup(svg.replace("<svg", f'<svg class="plot" role="img" aria-label="{escape(label)}"', 1))
 
 
-def quality_plots(evaluation: Evaluation, network: str, name: str) -> list[Plot]:
+def quality_plots(evaluation: FinishedEvaluation, network: str, name: str) -> list[Plot]:
     """Distance against decoder steps, and against decoding time, on one network. name: begins the ids of the SVG."""
     rows = [row for row in evaluation.result["rows"] if row["name"] in evaluation.decoders]
     families = list(dict.fromkeys(family(row["name"]) for row in rows))
@@ -144,7 +144,7 @@ def quality_plots(evaluation: Evaluation, network: str, name: str) -> list[Plot]
     return plots
 
 
-def noise_plot(evaluation: Evaluation, network: str, name: str) -> list[Plot]:
+def noise_plot(evaluation: FinishedEvaluation, network: str, name: str) -> list[Plot]:
     """How robust each decoder is to noise on the latents, where that was measured."""
     decoders = evaluation.result.get("latent_noise", {}).get(network)
     if not decoders:
@@ -162,7 +162,7 @@ def noise_plot(evaluation: Evaluation, network: str, name: str) -> list[Plot]:
     return [draw(f"{name}-noise", caption, curves, "noise, standard deviations of the latents", f"r{distance}")]
 
 
-def sweep_plots(evaluation: Evaluation, network: str, name: str) -> list[Plot]:
+def sweep_plots(evaluation: FinishedEvaluation, network: str, name: str) -> list[Plot]:
     """Distance against guidance and against sampler steps, where small sets were drawn for several of them."""
     lines: Sequence[Mapping[str, Any]] = evaluation.result.get("sweep", [])
     plots = []

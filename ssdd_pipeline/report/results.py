@@ -13,13 +13,14 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file
 from ssdd.engine.pretrained import TIMM_PREFIX
 from ssdd.fidelity.features import LITE0, TIMM_ALIASES
+from ssdd.losses.image_losses import pretrained_networks
 
 TASKS = {"eval": "Reconstruction", "evaluate": "Generation"}
 NOT_RECORDED = "not recorded"
 
 
 @dataclass
-class Evaluation:
+class FinishedEvaluation:
     """A folder with the task_result.json of `ssdd/main.py task=eval` or `dit/main.py task=evaluate`."""
 
     name: str
@@ -64,7 +65,7 @@ class Evaluation:
         return [name for name, used in self.loss_networks().items() if used and canonical(network) in used]
 
 
-def open_evaluation(folder: Path) -> Evaluation:
+def open_evaluation(folder: Path) -> FinishedEvaluation:
     """Read a folder. UserError when it holds no result of an evaluation."""
     path = folder / "task_result.json"
     if not path.is_file():
@@ -74,7 +75,7 @@ def open_evaluation(folder: Path) -> Evaluation:
     result = read_json(path)
     if not isinstance(result, dict) or result.get("task") not in TASKS:
         raise UserError(f"{path} is not the result of an evaluation: its task is not {' or '.join(TASKS)}")
-    return Evaluation(folder.name, folder, result, read_config(folder / "config.yaml"))
+    return FinishedEvaluation(folder.name, folder, result, read_config(folder / "config.yaml"))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -97,9 +98,9 @@ def trained_on(reference: str | None, beside: Path) -> set[str] | None:
     config = next((found for place in places if (found := read_config(place / "config.yaml")).get("losses")), None)
     if config is None:
         return None
-    features = config["aux_losses"]["features"]["model"]
-    named = {"lpips": "vgg16", "repa": config["aux_losses"]["repa"]["model"], "features": features}
-    networks = {canonical(network) for loss, network in named.items() if config["losses"][loss]}
+    weights, options = config["losses"], config["aux_losses"]
+    used = [*pretrained_networks(weights, options), *[options["repa"]["model"]] * bool(weights["repa"])]
+    networks = {canonical(network) for network in used}
     for earlier in {config["ssdd"]["checkpoint"], config["ssdd"]["encoder_checkpoint"]} - {None, reference}:
         before = trained_on(earlier, beside)
         if before is None:
@@ -124,7 +125,7 @@ def family(decoder: str) -> str:
     return re.sub(r"-\d+$", "", decoder)
 
 
-def provenance(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
+def provenance(evaluation: FinishedEvaluation) -> list[tuple[str, list[str]]]:
     """What moves the figures of an evaluation: (label, lines), all as recorded when it was measured."""
     result, config = evaluation.result, evaluation.config
     measured = result.get("measured", {})
@@ -194,7 +195,7 @@ def latents_of(samples: Mapping[str, Any]) -> str:
     return samples.get("latents_sha256", NOT_RECORDED)
 
 
-def decoder_line(evaluation: Evaluation, name: str) -> str:
+def decoder_line(evaluation: FinishedEvaluation, name: str) -> str:
     """Checkpoint, steps and checksum of a decoder."""
     steps = next(row["steps"] for row in evaluation.result["rows"] if row["name"] == name)
     told = evaluation.result.get("decoders", {}).get(name, {})

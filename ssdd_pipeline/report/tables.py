@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ssdd_pipeline.report.results import Evaluation, short
+from ssdd.engine.tables import aligned
+from ssdd_pipeline.report.results import FinishedEvaluation, short
 
 FLOOR = "held-out images"
 
@@ -24,7 +25,7 @@ NOTHING = Cell("–")
 
 
 @dataclass(frozen=True)
-class Column:
+class Heading:
     """better: an arrow; optimised: whether its network was a training loss of a decoder in the table."""
 
     label: str
@@ -37,7 +38,7 @@ class Table:
     """rows: (kind, cells), the first cell is the row's name; kind is decoder, baseline, floor or pair."""
 
     caption: str
-    columns: list[Column]
+    columns: list[Heading]
     rows: list[tuple[str, list[Cell]]]
     notes: list[str] = field(default_factory=list)
 
@@ -74,7 +75,7 @@ def distance_name(network: str) -> str:
     return "FID" if network == "inception" else "FD"
 
 
-def quality_table(evaluation: Evaluation, network: str) -> Table:
+def quality_table(evaluation: FinishedEvaluation, network: str) -> Table:
     """All decoders and baselines on the features of one network, the held-out images themselves below them."""
     result, letter = evaluation.result, "g" if evaluation.generates else "r"
     floor = result["floor"].get(network, {})
@@ -123,8 +124,8 @@ def quality_table(evaluation: Evaluation, network: str) -> Table:
     found = {metric: [metric.cell(row, scores) for _, row, scores in lines] for metric in metrics}
     shown = [metric for metric, cells in found.items() if any(cells)]
     optimised = {metric.label: evaluation.optimised(metric.network) for metric in shown if metric.network}
-    columns = [Column("decoder")]
-    columns += [Column(metric.label, metric.better, bool(optimised.get(metric.label))) for metric in shown]
+    columns = [Heading("decoder")]
+    columns += [Heading(metric.label, metric.better, bool(optimised.get(metric.label))) for metric in shown]
     rows = [
         (kind, [Cell(row["name"]), *(found[metric][i] or NOTHING for metric in shown)])
         for i, (kind, row, _) in enumerate(lines)
@@ -132,7 +133,7 @@ def quality_table(evaluation: Evaluation, network: str) -> Table:
     return Table(_caption(evaluation, network), columns, rows, _optimised_notes(evaluation, optimised))
 
 
-def _caption(evaluation: Evaluation, network: str) -> str:
+def _caption(evaluation: FinishedEvaluation, network: str) -> str:
     result, name = evaluation.result, distance_name(network)
     count = result["count"]
     if evaluation.generates:
@@ -147,7 +148,7 @@ def _caption(evaluation: Evaluation, network: str) -> str:
     return caption
 
 
-def _optimised_notes(evaluation: Evaluation, optimised: dict[str, list[str]]) -> list[str]:
+def _optimised_notes(evaluation: FinishedEvaluation, optimised: dict[str, list[str]]) -> list[str]:
     decoders = sorted({name for names in optimised.values() for name in names}, key=evaluation.decoders.index)
     notes = []
     if decoders:
@@ -160,7 +161,7 @@ def _optimised_notes(evaluation: Evaluation, optimised: dict[str, list[str]]) ->
     return notes
 
 
-def paired_table(evaluation: Evaluation, network: str) -> Table | None:
+def paired_table(evaluation: FinishedEvaluation, network: str) -> Table | None:
     """KID differences of decoders on the same latents; None where KID was not measured or there is one decoder."""
     paired = evaluation.result["paired"].get(network, {})
     rows = []
@@ -172,7 +173,7 @@ def paired_table(evaluation: Evaluation, network: str) -> Table | None:
         return None
     caption = f"KID differences, features {short(network)}: decoders of the same latents, images resampled together."
     optimised = bool(evaluation.optimised(network))
-    columns = [Column("decoders"), Column("difference [95 %]", "", optimised), Column("closer to real images")]
+    columns = [Heading("decoders"), Heading("difference [95 %]", "", optimised), Heading("closer to real images")]
     return Table(caption, columns, rows)
 
 
@@ -183,7 +184,7 @@ def verdict(a: str, b: str, difference: dict[str, float]) -> str | None:
     return a if difference["high"] < 0 else b
 
 
-def gap_table(evaluation: Evaluation, network: str) -> Table | None:
+def gap_table(evaluation: FinishedEvaluation, network: str) -> Table | None:
     """The generation gap; None where it was not measured."""
     gaps = evaluation.result.get("gap", {}).get(network)
     if not gaps:
@@ -194,7 +195,7 @@ def gap_table(evaluation: Evaluation, network: str) -> Table | None:
         "gap_to_reference": "gap to reference",
     }  # fmt: skip
     optimised = bool(evaluation.optimised(network))
-    columns = [Column("decoder"), *(Column(label, "↓", optimised) for label in (*labels.values(), "KID gap"))]
+    columns = [Heading("decoder"), *(Heading(label, "↓", optimised) for label in (*labels.values(), "KID gap"))]
     rows = [
         ("decoder", [Cell(decoder), *(_cell(gap, key, 3) for key in labels), _cell(gap, "kid_gap", 4)])
         for decoder, gap in gaps.items()
@@ -211,7 +212,7 @@ def _cell(values: dict[str, Any], key: str, digits: int) -> Cell:
     return NOTHING if values.get(key) is None else Cell(f"{values[key]:.{digits}f}")
 
 
-def summary(reconstruction: Evaluation, generation: Evaluation, hidden: set[str]) -> str:
+def summary(reconstruction: FinishedEvaluation, generation: FinishedEvaluation, hidden: set[str]) -> str:
     """Both evaluations of a pipeline in one table per network, as text. hidden: rows that only the curves need."""
     r, g = reconstruction.result, generation.result
     reconstructed, generated = ({row["name"]: row for row in result["rows"]} for result in (r, g))
@@ -247,21 +248,9 @@ def summary(reconstruction: Evaluation, generation: Evaluation, hidden: set[str]
             caption += (
                 f" Optimised: a training loss of {', '.join(decoders)}, so its figures are biased in their favour."
             )
-        parts.append(_aligned(caption, header, rows))
+        parts.append(f"{caption}\n{aligned(header, rows, named=True, ruled=True)}")
     return "\n\n".join([*parts, counts])
 
 
 def _with_floor(scores: dict, floor: dict) -> Cell | None:
     return Cell(f"{scores['frechet']:.3f} ({floor['frechet']:.3f})") if scores else None
-
-
-def _aligned(caption: str, header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    aligned = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([caption, aligned[0], "-" * len(aligned[0]), *aligned[1:]])

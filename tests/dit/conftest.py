@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dit.config import DiTConfig, EmaConfig, ModelConfig, TrainingConfig
+from dit.config import DiTConfig, ModelConfig, TrainingConfig
 from latent_cache.write.build import build
+from ssdd.engine.ema import EmaConfig
 from tests.small_cache import small_build
 from tests.small_tokenizer import save_encoder
 

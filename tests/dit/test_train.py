@@ -145,7 +145,7 @@ def test_two_processes_train_as_one(settings):
 
 @pytest.mark.slow
 def test_sharded_processes_train_as_data_parallel_ones_and_continue_on_any_number(settings):
-    options = {"steps": 4, "save_every": 2, "keep": 2, "accumulate": 2, "grad_checkpoint": True}
+    options = {"steps": 4, "save_every": 2, "keep": 2, "grad_accumulate": 2, "grad_checkpoint": True}
     whole, sharded = settings("whole", **options), settings("sharded", fsdp=True, **options)
     run_in_two_processes(whole)
     run_in_two_processes(sharded)
@@ -164,7 +164,7 @@ def test_sharded_processes_train_as_data_parallel_ones_and_continue_on_any_numbe
 
 
 def test_accumulation_changes_memory_and_not_the_loss(settings):
-    whole, parts = settings("whole", steps=3), settings("parts", steps=3, accumulate=4)
+    whole, parts = settings("whole", steps=3), settings("parts", steps=3, grad_accumulate=4)
     run(whole)
     run(parts)
     for row_whole, row_parts in zip(metrics(whole), metrics(parts), strict=True):
@@ -260,7 +260,11 @@ def test_what_does_not_fit_together_is_refused_before_the_first_step(settings, c
     cfg.model.name = "DiT-XXS/8"
     with pytest.raises(UserError, match="4x4 does not divide into patches of 8"):
         run(cfg)
-    wrong = {"multiple of 3": {"accumulate": 3}, "t_shift=0": {"t_shift": 0.0}, "grad_clip=-1": {"grad_clip": -1.0}}
+    wrong = {
+        "multiple of 3": {"grad_accumulate": 3},
+        "t_shift=0": {"t_shift": 0.0},
+        "grad_clip=-1": {"grad_clip": -1.0},
+    }
     for message, training in wrong.items():
         with pytest.raises(UserError, match=message):
             run(settings(**training))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit.config import DiTConfig, EmaConfig
+from dit.config import AuxiliaryConfig, DiTConfig
 from dit.foreign_checkpoints import export_dit
 from dit.model import DiT
 from dit.tasks.cache_images import CacheImages
@@ -20,6 +20,7 @@ from latent_cache import LatentDataset
 from latent_cache.config import BuildConfig, ViewsConfig
 from latent_cache.write.build import build
 from ssdd.engine.checkpoint import load_tensors, save_tensors
+from ssdd.engine.ema import EmaConfig
 from ssdd.engine.errors import UserError
 from ssdd.images.sources import DatasetConfig
 from ssdd.model.tokenizer import SSDD
@@ -51,7 +52,7 @@ def every_option(settings, teacher_weights, monkeypatch):
         options = {"ema": ema, "lr_schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "t_shift": 2.0}
         cfg = settings(run_name, **{**options, **training})
         cfg.dataset, cfg.losses.direction, cfg.losses.repa = DIGITS, 0.5, 0.5
-        cfg.repa = replace(cfg.repa, model=TEACHER, i_extract=2, hidden=32)
+        cfg.aux_losses = AuxiliaryConfig(replace(cfg.aux_losses.repa, model=TEACHER, i_extract=2, hidden=32))
         return cfg
 
     return make
@@ -169,7 +170,7 @@ def test_online_fidelity_is_logged_and_changes_no_byte(settings, caches):
 
 
 def test_a_dry_run_counts_and_measures_without_writing(settings, tmp_path, capsys):
-    cfg = replace(settings(steps=100, accumulate=2), dry_run=True)
+    cfg = replace(settings(steps=100, grad_accumulate=2), dry_run=True)
     before = sorted(tmp_path.rglob("*"))
     result = run(cfg)
     model = DiT.from_name("DiT-XXS/1", 4, 2, 10, learn_sigma=False)

@@ -17,7 +17,7 @@ from ssdd.engine.files import read_json
 IMAGES = ["dataset.source=digits", "dataset.im_size=16", "dataset.limit=16"]
 TOKENIZER = [
     *IMAGES, "dataset.batch_size=8", "ssdd.encoder=f8c2", "ssdd.encoder_width=8", "ssdd.decoder=XXS",
-    "ssdd.compile=false", "ssdd.fm_sampler.steps=2", "losses.lpips=0", "losses.repa=0", "training.steps=3",
+    "training.compile=false", "ssdd.fm_sampler.steps=2", "losses.lpips=0", "losses.repa=0", "training.steps=3",
     "training.optimizer=adamw", "training.lr=1e-3", "training.eval_freq=0", "training.log_freq=1",
     "evaluation.features=[]",
 ]  # fmt: skip

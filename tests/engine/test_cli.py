@@ -12,7 +12,8 @@ import pytest
 from ssdd.engine import presets, schema_help
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
-from ssdd.engine.schema import to_dict, to_yaml
+from ssdd.engine.files import plain
+from ssdd.engine.schema import to_yaml
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Required:
 
 @pytest.fixture(autouse=True)
 def configs(tmp_path, monkeypatch):
-    """A configs folder with one preset and one block, and no file for the program."""
+    """A configs folder with two presets and one block."""
     (tmp_path / "presets" / "small").mkdir(parents=True)
     (tmp_path / "blocks").mkdir()
     (tmp_path / "presets" / "tiny.yaml").write_text("seed: 1\ntraining:\n  lr: 1e-3\n  epochs: 4\nsampler.steps: 3\n")
@@ -138,10 +139,9 @@ def test_a_value_is_read_by_the_type_of_its_field(argument, key, value):
     assert type(got) is type(expected)
 
 
-def test_later_sources_win(configs):
-    (configs / "prog.yaml").write_text("seed: 9\nrun_name: from_program\ntraining: {epochs: 1}\n")
+def test_later_sources_win():
     cfg = read("training.epochs=6", "+blocks=gan", "preset=tiny")
-    assert (cfg.run_name, cfg.seed, cfg.sampler.steps) == ("from_program", 1, 3)
+    assert (cfg.run_name, cfg.seed, cfg.sampler.steps) == ("run", 1, 3)
     assert cfg.training == Training(lr=1e-3, epochs=6, compile_loss=True)
     assert cfg.gan == Gan(start_iter=10)
     assert read("+blocks=gan", "preset=tiny").training.epochs == 5
@@ -167,7 +167,7 @@ def test_the_saved_yaml_reads_back_as_a_preset_to_the_same_config(tmp_path):
     )
     (tmp_path / "saved.yaml").write_text(to_yaml(cfg))
     assert read(f"preset={tmp_path / 'saved.yaml'}") == cfg
-    assert to_dict(cfg)["gan"] == {"start_iter": 50_000, "weight": 1e-7}
+    assert plain(cfg)["gan"] == {"start_iter": 50_000, "weight": 1e-7}
 
 
 @pytest.mark.parametrize(

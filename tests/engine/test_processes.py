@@ -21,11 +21,13 @@ IN_EACH = """
 import json, sys
 import torch
 from ssdd.engine.errors import UserError
-from ssdd.engine.processes import Processes, gradients_kept
+from ssdd.engine.processes import PATIENCE, Processes, gradients_kept
 
 processes = Processes.join("cpu")
-assert Processes.join("cpu", patient=True).agree(lambda: 5) == 5
+assert Processes.join("cpu").agree(lambda: 5) == 5
 rank = processes.rank
+group = processes.group or torch.distributed.group.WORLD
+assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
 result = {"rank": rank, "world": processes.world}
 result["gathered"] = processes.gather(torch.tensor([[rank, 1]])).tolist()
 result["objects"] = processes.gather_objects({"of": rank})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dit.model import DiT
 from ssdd.engine.recompute import recompute_activations
-from ssdd.losses.objective import AutoencoderObjective, FlowObjective, step_draws, weighted_sum
+from ssdd.losses.objective import AutoencoderObjective, TokenizerFlowObjective, step_draws, weighted_sum
 from ssdd.model.tokenizer import SSDD
 from tests.small_tokenizer import filled
 
@@ -20,10 +20,10 @@ Loss = Callable[[], Tensor]
 def tokenizer(decoder: str | dict) -> tuple[SSDD, Loss]:
     torch.manual_seed(0)
     network = filled(SSDD({"name": "f8c2", "width": 8}, decoder, encoder_train=True))
-    objective = (AutoencoderObjective if network.deterministic else FlowObjective)(network)
+    objective = (AutoencoderObjective if network.deterministic else TokenizerFlowObjective)(network)
     x = torch.randn(2, 3, 32, 32).clamp(-1, 1)
     draws = step_draws(0, 0, tuple(x.shape), (2, 2, 4, 4), x.device)
-    return network, lambda: weighted_sum(objective(x, draws), {"diffusion": 1.0, "l1": 1.0, "kl": 1e-3})
+    return network, lambda: weighted_sum(objective(x, draws).terms, {"diffusion": 1.0, "l1": 1.0, "kl": 1e-3})
 
 
 def generator() -> tuple[DiT, Loss]:

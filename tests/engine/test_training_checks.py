@@ -58,7 +58,7 @@ def test_a_changed_run_is_refused_with_every_change_the_folder_and_the_remedy():
 def test_finite_steps_pass_and_the_first_bad_step_of_any_process_stops_all():
     fine = FirstBadStep(torch.device("cpu"))
     for done in (1, 2):
-        fine.see(torch.tensor(2.0), None)
+        fine.add(torch.tensor(2.0), None)
         fine.end(done)
     fine.check(WithOthers(-1, -1), LAST)
     with pytest.raises(UserError, match="not finite at step 3; training stopped before the first checkpoint"):
@@ -69,7 +69,7 @@ def test_finite_steps_pass_and_the_first_bad_step_of_any_process_stops_all():
 def test_a_bad_step_is_remembered_through_the_good_ones_after_it(value):
     bad = FirstBadStep(torch.device("cpu"))
     for done, values in enumerate(([1.0, 1.0], [1.0, value], [1.0, 1.0], [value, value]), 1):
-        bad.see(*map(torch.tensor, values))
+        bad.add(*map(torch.tensor, values))
         bad.end(done)
     with pytest.raises(UserError, match="not finite at step 2;"):
         bad.check(WithOthers(-1, 4), LAST)

@@ -13,7 +13,8 @@ from ssdd.engine.optim import parameter_groups
 from ssdd.engine.precision import Precision
 from ssdd.engine.run import RunDirectory
 from ssdd.losses.adversary import Discriminator
-from ssdd.losses.objective import FlowObjective, ImageLosses
+from ssdd.losses.image_losses import ImageLosses
+from ssdd.losses.objective import TokenizerFlowObjective
 from ssdd.tasks.build import build_discriminator
 from ssdd.tasks.train import run
 from tests.losses.test_distillation import draws, images
@@ -51,20 +52,20 @@ def test_it_sees_the_time_the_trajectory_and_images_clamped(discriminator):
 
 def test_the_decoder_learns_from_its_term_and_the_discriminator_from_its_own(tokenizer, discriminator):
     discriminator.requires_grad_(False)
-    objective = FlowObjective(tokenizer, ImageLosses(discriminator=discriminator), with_kl=False)
+    objective = TokenizerFlowObjective(tokenizer, ImageLosses(discriminator=discriminator), with_kl=False)
     assert objective.terms == ["diffusion", "gan_disc"]
     assert not any("discriminator" in name for name, _ in objective.named_parameters())
     x = images()
-    objective(x, draws())["gan_disc"].backward()
+    terms, predicted = objective(x, draws())
+    terms["gan_disc"].backward()
     assert tokenizer.decoder.conv_out.weight.grad.any()
     assert all(p.grad is None for p in discriminator.parameters())
     tokenizer.zero_grad()
     discriminator.requires_grad_(True)
-    prediction, x_t, t = objective.images.seen
-    discriminator(x, prediction, x_t, t).backward()
+    discriminator(x, *predicted).backward()
     assert tokenizer.decoder.conv_out.weight.grad is None
     assert all(p.grad is not None for p in discriminator.parameters())
-    assert set(objective(x, draws(), active=["diffusion"])) == {"diffusion"}
+    assert set(objective(x, draws(), active=["diffusion"]).terms) == {"diffusion"}
 
 
 def test_it_starts_at_its_step_and_not_before(config, tmp_path):

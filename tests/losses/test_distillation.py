@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssdd.losses.distillation import DistillationObjective
-from ssdd.losses.objective import Draws, ImageLosses
+from ssdd.losses.image_losses import ImageLosses
+from ssdd.losses.objective import TokenizerDraws
 from ssdd.model.flow import interpolate
 
 STEPS = 3
@@ -22,11 +23,11 @@ class Distance(nn.Module):
         return (images - originals).abs().mean(dim=(1, 2, 3))
 
 
-def draws(seed: int = 0, n: int = 3) -> Draws:
+def draws(seed: int = 0, n: int = 3) -> TokenizerDraws:
     generator = torch.Generator().manual_seed(seed)
     shapes = (n, 3, 16, 16), (n, 2, 2, 2)
     t, level = torch.rand(2, n, generator=generator)
-    return Draws(t, *(torch.randn(s, generator=generator) for s in shapes), level)
+    return TokenizerDraws(t, *(torch.randn(s, generator=generator) for s in shapes), level)
 
 
 def moved(tokenizer):
@@ -43,7 +44,7 @@ def images(n: int = 3) -> Tensor:
 
 def test_both_terms_compare_with_the_image_that_the_teacher_decodes_from_the_same_mean_and_noise(tokenizer):
     student, distance, x, d = moved(tokenizer), Distance(), images(), draws()
-    terms = DistillationObjective(student, tokenizer, STEPS, ImageLosses(distance))(x, d)
+    terms = DistillationObjective(student, tokenizer, STEPS, ImageLosses({"lpips": distance}))(x, d).terms
     z = tokenizer.encode(x).mode()
     target = tokenizer.decode(z, steps=STEPS, noise=d.eps)
     prediction = student.decode(z, steps=1, noise=d.eps)
@@ -56,16 +57,15 @@ def test_both_terms_compare_with_the_image_that_the_teacher_decodes_from_the_sam
 def test_neither_the_drawn_times_nor_the_posteriors_noise_matter(tokenizer):
     objective, x, d, other = DistillationObjective(moved(tokenizer), tokenizer, STEPS), images(), draws(), draws(1)
     assert objective.terms == ["diffusion"]
-    loss = objective(x, d)["diffusion"]
-    assert torch.equal(loss, objective(x, Draws(other.t, d.eps, other.z_eps, other.level))["diffusion"])
-    assert not torch.equal(loss, objective(x, Draws(d.t, other.eps, d.z_eps, d.level))["diffusion"])
+    loss = objective(x, d).terms["diffusion"]
+    assert torch.equal(loss, objective(x, TokenizerDraws(other.t, d.eps, other.z_eps, other.level)).terms["diffusion"])
+    assert not torch.equal(loss, objective(x, TokenizerDraws(d.t, other.eps, d.z_eps, d.level)).terms["diffusion"])
 
 
 def test_the_decoder_of_the_student_alone_learns(tokenizer):
     student = moved(tokenizer)
-    sum(
-        DistillationObjective(student, tokenizer, STEPS, ImageLosses(Distance()))(images(), draws()).values()
-    ).backward()
+    objective = DistillationObjective(student, tokenizer, STEPS, ImageLosses({"lpips": Distance()}))
+    sum(objective(images(), draws()).terms.values()).backward()
     assert all(p.grad is None for p in tokenizer.parameters())
     assert all(p.grad is None for p in student.encoder.parameters())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.decoder.parameters())

@@ -7,14 +7,15 @@ import copy
 import torch
 
 from ssdd.losses.distillation import DistillationObjective
-from ssdd.losses.objective import Draws, FlowObjective, ImageLosses, step_draws, weighted_sum
+from ssdd.losses.image_losses import ImageLosses
+from ssdd.losses.objective import TokenizerDraws, TokenizerFlowObjective, step_draws, weighted_sum
 from ssdd.model.flow import euler, time_grid
 from ssdd.tasks.train import active_terms
 
 WEIGHTS = {"diffusion": 1.0, "lpips": 0.0, "kl": 1e-6}
 
 
-def small_draws(n: int = 3) -> Draws:
+def small_draws(n: int = 3) -> TokenizerDraws:
     return step_draws(0, 5, (n, 3, 16, 16), (n, 2, 2, 2), torch.device("cpu"))
 
 
@@ -31,7 +32,7 @@ def test_draws_are_a_function_of_seed_and_step_and_rows_are_slices():
 
 def test_flow_terms_equal_their_definitions(tokenizer):
     x, draws = images(), small_draws()
-    terms = FlowObjective(tokenizer)(x, draws)
+    terms = TokenizerFlowObjective(tokenizer)(x, draws).terms
     posterior = tokenizer.encode(x)
     z = posterior.mean + posterior.std * draws.z_eps
     t = draws.t.view(-1, 1, 1, 1)
@@ -43,7 +44,7 @@ def test_flow_terms_equal_their_definitions(tokenizer):
 
 def test_a_frozen_encoder_gets_no_gradient_and_no_kl(tokenizer):
     tokenizer.encoder.requires_grad_(False)
-    terms = FlowObjective(tokenizer)(images(), small_draws())
+    terms = TokenizerFlowObjective(tokenizer)(images(), small_draws()).terms
     assert list(terms) == ["diffusion"]
     terms["diffusion"].backward()
     assert all(p.grad is None for p in tokenizer.encoder.parameters())
@@ -51,7 +52,7 @@ def test_a_frozen_encoder_gets_no_gradient_and_no_kl(tokenizer):
 
 
 def test_a_trained_encoder_gets_gradients_through_the_sampled_latent(tokenizer):
-    FlowObjective(tokenizer, with_kl=False)(images(), small_draws())["diffusion"].backward()
+    TokenizerFlowObjective(tokenizer, with_kl=False)(images(), small_draws()).terms["diffusion"].backward()
     assert tokenizer.encoder.out_proj.weight.grad.abs().sum(dim=(1, 2, 3)).min() > 0
 
 
@@ -61,7 +62,7 @@ def test_distillation_is_the_distance_to_the_teachers_euler_image_from_the_same_
         for parameter in student.decoder.parameters():
             parameter.mul_(1.01)
     x, draws = images(), small_draws()
-    terms = DistillationObjective(student, tokenizer, teacher_steps=3)(x, draws)
+    terms = DistillationObjective(student, tokenizer, teacher_steps=3)(x, draws).terms
     with torch.no_grad():
         z = tokenizer.encode(x).mean
         target = euler(lambda x_t, t: tokenizer.decoder(x_t, t, z), draws.eps, time_grid(3))
@@ -72,7 +73,7 @@ def test_distillation_is_the_distance_to_the_teachers_euler_image_from_the_same_
 
 
 def test_a_student_that_is_its_one_step_teacher_has_no_loss(tokenizer):
-    terms = DistillationObjective(copy.deepcopy(tokenizer), tokenizer, teacher_steps=1)(images(), small_draws())
+    terms = DistillationObjective(copy.deepcopy(tokenizer), tokenizer, teacher_steps=1)(images(), small_draws()).terms
     assert terms["diffusion"] < 1e-10
 
 
@@ -88,10 +89,10 @@ class Difference(torch.nn.Module):
 
 def test_an_image_loss_reaches_the_decoder_and_is_computed_while_it_is_active_only(tokenizer):
     lpips = Difference()
-    objective = FlowObjective(tokenizer, ImageLosses(lpips), with_kl=False)
+    objective = TokenizerFlowObjective(tokenizer, ImageLosses({"lpips": lpips}), with_kl=False)
     assert objective.terms == ["diffusion", "lpips"]
-    assert set(objective(images(), small_draws(), active=["diffusion"])) == {"diffusion"} and lpips.calls == 0
-    objective(images(), small_draws(), active=["diffusion", "lpips"])["lpips"].backward()
+    assert set(objective(images(), small_draws(), active=["diffusion"]).terms) == {"diffusion"} and lpips.calls == 0
+    objective(images(), small_draws(), active=["diffusion", "lpips"]).terms["lpips"].backward()
     assert lpips.calls == 1 and tokenizer.decoder.conv_out.weight.grad.any()
 
 

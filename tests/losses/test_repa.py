@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ssdd.engine.errors import UserError
-from ssdd.losses.objective import FlowObjective
+from ssdd.losses.objective import TokenizerFlowObjective
 from ssdd.losses.repa import DINOV2_BASE, PatchTokens, RepaLoss, resample_positions
 from tests.losses.test_distillation import draws, images
 
@@ -83,9 +83,9 @@ def test_the_loss_is_zero_along_the_teachers_tokens_and_two_against_them():
 
 
 def test_it_reaches_its_head_and_the_decoder_up_to_its_block_only(tokenizer):
-    objective = FlowObjective(tokenizer, repa=RepaLoss(64, Teacher()), repa_block=0, with_kl=False)
+    objective = TokenizerFlowObjective(tokenizer, repa=RepaLoss(64, Teacher()), repa_block=0, with_kl=False)
     assert objective.terms == ["diffusion", "repa"]
-    objective(images(), draws())["repa"].backward()
+    objective(images(), draws()).terms["repa"].backward()
     first, second = tokenizer.decoder.mid_block.transformer_blocks
     assert all(p.grad.any() for p in objective.repa.repa_mlp.parameters())
     assert first.attn1.to_q.weight.grad.any() and second.attn1.to_q.weight.grad is None
@@ -97,8 +97,8 @@ def test_before_its_start_it_costs_no_teacher_and_gives_its_head_a_gradient_of_z
         def forward(self, images):
             raise AssertionError("the teacher was asked")
 
-    objective = FlowObjective(tokenizer, repa=RepaLoss(64, Forbidden()), repa_block=0, with_kl=False)
-    terms = objective(images(), draws(), active=["diffusion"])
+    objective = TokenizerFlowObjective(tokenizer, repa=RepaLoss(64, Forbidden()), repa_block=0, with_kl=False)
+    terms = objective(images(), draws(), active=["diffusion"]).terms
     assert terms["repa"].item() == 0
     sum(terms.values()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in objective.repa.repa_mlp.parameters())

@@ -259,6 +259,16 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(config, tmp_path
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+def test_a_run_keeps_several_averages_which_stay_those_it_began_with(config, tmp_path):
+    averages = "training.ema.decays=[0.9,0.5]"
+    run(config("training.steps=1"))
+    run(config("training.steps=2", "run_name=several", averages))
+    files = {path.name for path in RunDirectory(tmp_path, "several").last.glob("model_ema*")}
+    assert files == {"model_ema.safetensors", "model_ema_0.5.safetensors"}
+    with pytest.raises(UserError, match="averages was None, is .*model_ema_0.5"):
+        run(config("training.steps=2", averages))
+
+
 def test_the_students_file_decodes_in_one_step_and_its_run_belongs_to_its_teacher(config, tmp_path):
     run(config("training.steps=1", "run_name=teacher"))
     arguments = ("training.steps=1", "ssdd.checkpoint=teacher", "distill_teacher=true")
