@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latent_cache.read.batches import Batch, BatchSequence, Step
-from latent_cache.read.dataset import LatentDataset, Rows
+from latent_cache.read.dataset import Indices, LatentDataset
 from latent_cache.read.shard_copies import ShardFetcher
 from latent_cache.read.shard_order import ShardOrder
 from ssdd.engine.errors import UserError
@@ -68,21 +68,20 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         self.manifest, self.norm, self.class_names = self._local.manifest, self._local.norm, self._local.class_names
         self.has_flips, self.has_moments = self._local.has_flips, self._local.has_moments
         self.latent_shape, self.num_classes = self._local.latent_shape, self._local.num_classes
-        self.samples = len(self._local)
         self._sequence = BatchSequence(self._local, self._samples_in_order, order.arrangement)
         self._next_epoch = 0
 
     def gather(
         self,
-        indices: Rows,
+        indices: Indices,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
-        flipped: Rows | None = None,
+        flipped: Indices | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `LatentDataset.gather`; downloads the shards that it needs one after the other."""
         indices = np.asarray(indices, dtype=np.int64)
         for number in np.unique(indices // self.manifest["samples_per_shard"]).tolist():
-            if 0 <= number < len(self._local.samples):
+            if 0 <= number < len(self._local.shard_samples):
                 self._map(number)
         return self._local.gather(indices, generator, noise, flipped)
 
@@ -120,12 +119,12 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
         # A step takes one sample for every worker of every process.
         shares = world * workers
-        start = None if self._sequence.resumes else self._next_epoch * max(self.samples // shares, 1)
+        start = None if self._sequence.resumes else self._next_epoch * max(len(self._local) // shares, 1)
         for latents, labels, indices in self.batches(shares, self.seed, start, rank * workers + own, shares):
             state = self._sequence.state
             self._next_epoch = state["epoch"] + 1
             yield latents[0], int(labels[0]), int(indices[0])
-            if state["position"] + shares > self.samples:
+            if state["position"] + shares > len(self._local):
                 return
 
     def state_dict(self) -> dict:
@@ -137,11 +136,11 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         self._sequence.load(state)
 
     def _samples_in_order(self, seed: int, epoch: int, batch_size: int) -> np.ndarray:
-        return self.order.samples(self._local.samples, seed, epoch, batch_size)
+        return self.order.samples(self._local.shard_samples, seed, epoch, batch_size)
 
     def _planned(self, schedule: np.ndarray, following: np.ndarray) -> _Plan:
         per_shard = self.manifest["samples_per_shard"]
-        plan = _Plan(schedule // per_shard, following // per_shard, len(self._local.samples))
+        plan = _Plan(schedule // per_shard, following // per_shard, len(self._local.shard_samples))
         plan.ahead = self.order.window
         if self._fetcher.limit is not None:
             largest = max(entry["bytes"] for entry in self._fetcher.entries)
@@ -161,7 +160,7 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         if not new:
             return
         in_use, upcoming = plan.at(step)
-        for number in set(range(len(self._local.samples))) - set(in_use):
+        for number in set(range(len(self._local.shard_samples))) - set(in_use):
             self._local.release(number)
         self._fetcher.want([*new, *(n for n in in_use if n not in new), *upcoming])
         for number in new:

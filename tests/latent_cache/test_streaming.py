@@ -329,3 +329,12 @@ def test_the_decoder_refuses_members_that_no_cache_has():
 
     with pytest.raises(UserError, match=r"sample 000000001 has a member \.pkl"):
         decode_sample({"__key__": "000000001", "pkl": b""})
+
+
+def test_a_batch_that_the_parts_do_not_divide_is_refused(means, tmp_path):
+    stream = StreamingLatents(str(means), cache_dir=tmp_path, order=ShardOrder(parts=2))
+    for read in (stream.batches, stream.steps):
+        with pytest.raises(UserError, match="parts=2 does not divide batch_size=15"):
+            read(15)
+    with pytest.raises(UserError, match="window=0: expected a positive number"):
+        ShardOrder(window=0)
