@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dit.config import DiTConfig, ModelConfig, TrainingConfig
+from dit.config import DiTConfig, DiTTrainingConfig, ModelConfig
 from latent_cache.write.build import build
 from ssdd.engine.ema import EmaConfig
 from tests.small_cache import small_build
@@ -35,7 +35,7 @@ def settings(caches: dict[str, Path], tmp_path: Path) -> Callable[..., DiTConfig
             ckpt_dir=str(tmp_path),
             cache=str(caches[content]),
             model=ModelConfig(name="DiT-XXS/1"),
-            training=TrainingConfig(**{**values, "ema": EmaConfig(decays=[0.9], start_iter=2), **training}),
+            training=DiTTrainingConfig(**{**values, "ema": EmaConfig(decays=[0.9], start_iter=2), **training}),
         )
 
     return make

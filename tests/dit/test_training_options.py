@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit.config import AuxiliaryConfig, DiTConfig
+from dit.config import DiTAuxiliaryConfig, DiTConfig
 from dit.foreign_checkpoints import export_dit
 from dit.model import DiT
 from dit.tasks.cache_images import CacheImages
@@ -52,7 +52,7 @@ def every_option(settings, teacher_weights, monkeypatch):
         options = {"ema": ema, "lr_schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "t_shift": 2.0}
         cfg = settings(run_name, **{**options, **training})
         cfg.dataset, cfg.losses.direction, cfg.losses.repa = DIGITS, 0.5, 0.5
-        cfg.aux_losses = AuxiliaryConfig(replace(cfg.aux_losses.repa, model=TEACHER, i_extract=2, hidden=32))
+        cfg.aux_losses = DiTAuxiliaryConfig(replace(cfg.aux_losses.repa, model=TEACHER, i_extract=2, hidden=32))
         return cfg
 
     return make
@@ -180,6 +180,12 @@ def test_a_dry_run_counts_and_measures_without_writing(settings, tmp_path, capsy
     assert result["gflop_latent"] > 3 * 2 * 16 * 4 * (4 + 8) * 128**2 / 1e9
     assert "8 latents per process and part" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_what_training_refuses(settings):
+    for wrong, message in (({"grad_accumulate": 3}, "does not divide"), ({"log_freq": 0}, "log_freq=0 must be")):
+        with pytest.raises(UserError, match=message):
+            run(replace(settings(**wrong), dry_run=True))
 
 
 def test_training_starts_from_weights_of_ours_or_in_sits_layout(settings, tmp_path):

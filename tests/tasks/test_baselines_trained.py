@@ -83,3 +83,21 @@ def test_a_dry_run_counts_and_measures_without_writing(config, tmp_path, capsys)
     assert result["hours"] == pytest.approx(100 * result["seconds_a_step"] / 3600)
     assert result["gflop_decode_step"] > result["gflop_encode"] > 0
     assert "GFLOP" in capsys.readouterr().out and not (tmp_path / "jobs").exists()
+
+
+def test_a_dry_run_refuses_what_training_refuses(config):
+    for wrong, message in (
+        ("training.grad_accumulate=7", "does not divide"),
+        ("training.log_freq=0", "log_freq=0 must"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(config("dry_run=true", wrong))
+
+
+def test_a_dry_run_of_a_distillation_on_stored_targets_stores_none(config, tmp_path):
+    run(config("training.steps=1", "run_name=teacher"))
+    before = sorted(tmp_path.rglob("*"))
+    keys = ["ssdd.checkpoint=teacher", "distill_teacher=true", "distill.targets=cache", "losses.gan_disc=0.1"]
+    keys += ["gan.discriminator.n_layers=3"]
+    assert run(config(*keys, "training.steps=2", "run_name=student", "dry_run=true"))["hours"] > 0
+    assert sorted(tmp_path.rglob("*")) == before
