@@ -12,6 +12,7 @@ from dit.samplers import NAMES as SAMPLERS
 from latent_cache.config import adm_images
 from ssdd.engine.ema import EmaConfig
 from ssdd.engine.precision import PRECISIONS
+from ssdd.engine.training_keys import TrainingKeys
 from ssdd.images.sources import DatasetConfig
 from ssdd.losses.repa import DINOV2_BASE
 
@@ -82,40 +83,20 @@ class AuxiliaryConfig:
 
 
 @dataclass
-class TrainingConfig:
-    """Flow-matching training on a latent cache."""
+class TrainingConfig(TrainingKeys):
+    """Flow-matching training on a latent cache, with AdamW."""
 
     steps: int = 400_000
     """Optimiser steps."""
     batch_size: int = 256
     """Latents per step, over all processes and accumulated parts."""
-    grad_accumulate: int = 1
-    """Parts that a step's batch is split into, to save memory."""
-    lr: float = 1e-4
-    """Learning rate of AdamW after warm-up."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly."""
-    lr_schedule: str = field(default="constant", metadata={"choices": ("constant", "cosine")})
-    """Learning rate after the warm-up; cosine falls to zero at the last step."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Moment decays of AdamW."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay of matrices and convolutions; biases, norms and embeddings are not decayed."""
-    grad_clip: float = 1.0
-    """Largest norm of all gradients of a step together, with those of loss heads; 0 disables clipping."""
     t_sampling: str = field(default="logit_normal", metadata={"choices": ("logit_normal", "uniform")})
-    """Distribution of training times."""
+    """Distribution of training times; t_mean and t_std are those of logit_normal."""
     t_shift: float = 1.0
     """Time shift s of the drawn times, t -> s t / (1 + (s - 1) t); above 1 leans to the noise (RAE: (C h w / 4096)^.5,
     with the same sampling.shift)."""
-    t_mean: float = 0.0
-    """Mean of logit(t), for logit_normal; above 0 leans to the noise."""
-    t_std: float = 1.0
-    """Deviation of logit(t), for logit_normal."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Averaged weights, which sampling uses; sampling.ema selects a further one."""
-    save_every: int = 5_000
-    """Steps between checkpoints; `last` is also written at the end."""
     tokenizer: str | None = None
     """Checkpoint reference of the tokenizer that decodes pictures of samples, drawn as `sampling` describes
     (without its guide); null disables them."""
@@ -127,22 +108,6 @@ class TrainingConfig:
     EfficientNet-Lite0's if those weights are missing."""
     fidelity_samples: int = 1_000
     """Samples per distance; too few for a gFID, enough to compare checkpoints."""
-    keep: int = 0
-    """How many of the newest checkpoints of every save_every steps to keep as run@step-000123, besides `last`."""
-    wandb: str | None = None
-    """Weights & Biases project that metrics and pictures are also sent to (pip install wandb); null disables it."""
-    log_freq: int = 100
-    """Steps between lines of metrics.jsonl; training waits for the device only at these steps."""
-    grad_checkpoint: bool = False
-    """Recompute the activations of the blocks in the backward pass: less memory, about a third more work."""
-    mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
-    """Autocast; auto takes the value of SSDD_PRECISION, else bf16 where the device supports it natively, else no.
-    Weights stay float32."""
-    compile: bool = False
-    """torch.compile the network."""
-    fsdp: bool = False
-    """Shard parameters, averages and optimizer state over the processes (FSDP) instead of keeping all in each (DDP);
-    needs training.compile=false."""
 
 
 @dataclass

@@ -7,7 +7,6 @@ flips, `{index:09d}.flip.npy`, in this order. Owner, mode and time are fixed, so
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,7 +112,7 @@ class ShardLayout:
 
 
 def write_shard(path: Path, layout: ShardLayout, first: int, views: np.ndarray, labels: np.ndarray) -> dict:
-    """Write and sync the shard of samples first, first + 1, ...; views: [n, view, K, h, w]; labels: int64 [n].
+    """Write the shard of samples first, first + 1, ...; views: [n, view, K, h, w]; labels: int64 [n].
 
     Returns its sidecar: {"count", "bytes", "sha256"}.
     """
@@ -123,8 +122,6 @@ def write_shard(path: Path, layout: ShardLayout, first: int, views: np.ndarray, 
             rows = slice(start, start + WRITTEN_ROWS)
             file.write(layout.records(first + start, views[rows], labels[rows]).tobytes())
         file.write(bytes(layout.file_bytes(count) - file.tell()))
-        file.flush()
-        os.fsync(file.fileno())
     return {"count": count, "bytes": layout.file_bytes(count), "sha256": sha256_file(path)}
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from ssdd.engine.ema import EmaConfig
 from ssdd.engine.precision import PRECISIONS
 from ssdd.engine.schema import with_keys
+from ssdd.engine.training_keys import TrainingKeys
 from ssdd.images.sources import DatasetConfig
 from ssdd.losses.distillation import LATENTS
 from ssdd.losses.image_losses import IMAGE_LOSSES
@@ -141,7 +142,7 @@ class DistillConfig:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(TrainingKeys):
     """Optimisation."""
 
     epochs: int = 300
@@ -149,34 +150,14 @@ class TrainingConfig:
     steps: int | None = None
     """Optimiser steps; wins over epochs."""
     optimizer: str = field(default="schedulefree", metadata={"choices": ("schedulefree", "adamw")})
-    """schedulefree (RAdam with averaged weights) or adamw."""
+    """schedulefree (RAdam with averaged weights, which needs no lr_schedule) or adamw."""
     lr: float = 8e-4
-    """Learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Moment decays of the optimizer."""
     weight_decay: float = 1e-2
-    """Decoupled weight decay of matrices and convolutions; biases, norms and tables are not decayed."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly."""
-    lr_schedule: str = field(default="constant", metadata={"choices": ("constant", "cosine")})
-    """Learning rate after the warm-up; cosine falls to zero at the last step. schedulefree needs none."""
-    grad_accumulate: int = 1
-    """Parts that a step's batch is split into, to save memory."""
     grad_clip: float = 0.1
-    """Largest norm of all gradients of a step together, with those of loss heads; 0 disables clipping."""
-    t_mean: float = 0.0
-    """Mean of logit(t) of the training times; above 0 leans to the noise."""
-    t_std: float = 1.0
-    """Deviation of logit(t); t = sigmoid(N(t_mean, t_std^2))."""
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decays=[0.999], start_iter=50_000))
     """Averaged weights, which evaluation and export use."""
     compile: bool = True
     """torch.compile the networks that train, and the teacher; evaluation runs as it is."""
-    grad_checkpoint: bool = False
-    """Recompute the activations of the blocks in the backward pass: less memory, about a third more work."""
-    fsdp: bool = False
-    """Shard parameters, averages and optimizer state over the processes (FSDP) instead of keeping all in each (DDP);
-    needs training.compile=false."""
     mixed_precision: str = field(default="auto", metadata={"choices": PRECISIONS})
     """Autocast; auto takes the value of SSDD_PRECISION, else bf16 where the device supports it natively, else no;
     for task=eval auto is no unless SSDD_PRECISION is set."""
@@ -189,12 +170,7 @@ class TrainingConfig:
     """Steps between checkpoints; `last` is also written with every evaluation and at the end."""
     sample_every: int | None = None
     """Steps between pictures of originals above reconstructions; null: with every evaluation; 0 disables them."""
-    keep: int = 0
-    """How many of the newest checkpoints of every save_every steps to keep as run@step-000123, besides `last`."""
-    wandb: str | None = None
-    """Weights & Biases project that metrics and pictures are also sent to (pip install wandb); null disables it."""
     log_freq: int = 200
-    """Steps between lines of metrics.jsonl; training waits for the device only at these steps."""
 
 
 @dataclass

@@ -7,7 +7,6 @@ side by side, one thread each. An interrupted run continues; the table goes to `
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_atomic, write_json
 from ssdd.engine.program import run_program
+from ssdd.engine.resumable import WorkRecord
 from ssdd.engine.tables import markdown
 from ssdd.images.sources import DatasetConfig
 
@@ -99,21 +99,21 @@ def run(cfg: EvidenceConfig) -> None:
     # The encoder gets an eighth of the time, then every seed an equal share of the rest.
     encoder_minutes = cfg.minutes / 8
     seconds = 60 * (cfg.minutes - encoder_minutes) * cfg.jobs / cfg.seeds / 3
-    plan_path = folder / "plan.json"
     asked = {key: value for key, value in asdict(cfg).items() if key not in ("ckpt_dir", "out", "jobs")}
-    plan = read_json(plan_path) if plan_path.is_file() else {"asked": asked}
-    if plan["asked"] != read_back(asked):
-        raise UserError(f"{folder} belongs to another comparison, with {plan['asked']}; choose another name")
+    record = WorkRecord(folder / "plan.json", {"asked": asked})
+    if (found := record.found()) and not record.read():
+        raise UserError(f"{folder} belongs to another comparison, with {found['asked']}; choose another name")
+    plan = found or dict(record.request)
     if ENCODER not in plan:
         plan[ENCODER] = planned_steps([*shared, *joint], 60 * encoder_minutes)
-        write_json(plan_path, plan)
+        record.write(**plan)
     command([*shared, *joint, f"run_name={ENCODER}", f"training.steps={plan[ENCODER]}"])
     command([*data, "task=classifier", f"run_name={CLASSIFIER}", f"ckpt_dir={folder}"])
     if "student" not in plan:
         shares = {"teacher": 0.5 * seconds, "direct": seconds, "kl": seconds}
         plan |= {name: planned_steps([*shared, *methods[name]], shares[name]) for name in methods}
         plan["student"] = planned_steps([*shared, *teaching, f"ssdd.checkpoint={ENCODER}"], 0.5 * seconds)
-        write_json(plan_path, plan)
+        record.write(**plan)
 
     def train(name: str, seed: int, arguments: list[str]) -> None:
         command([*shared, *arguments, f"run_name={name}-{seed}", f"seed={seed}", f"training.steps={plan[name]}"])
@@ -222,11 +222,6 @@ def spread(values: list[float | None], digits: int) -> str:
     if any(value is None for value in values):
         return "-"
     return f"{mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
-
-
-def read_back(values: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: tuples are lists."""
-    return json.loads(json.dumps(values))
 
 
 def changed(cfg: EvidenceConfig) -> str:

@@ -7,16 +7,14 @@ and SIGUSR1 end the stage that runs, a training one after a checkpoint, and the 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 INTERRUPTED = 3
 POLL_S = 0.1  # between looks at the memory of a stage
@@ -31,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     from ssdd.engine.cli import parse
+    from ssdd.engine.locks import Lock
     from ssdd.engine.precision import Precision
     from ssdd.engine.presets import configs_dir
     from ssdd.engine.processes import Processes
@@ -51,10 +50,14 @@ def _run(argv: list[str]) -> int:
     stages = build_stages(cfg)
     check_arguments(stages)
     Precision.resolve("auto", Processes.join().device)  # a precision that cannot be had must not cost finished stages
-    with hold_lock(Path(cfg.ckpt_dir) / cfg.name) as lock, StopSignals() as stop:
+    lock_file = Path(cfg.ckpt_dir) / cfg.name / ".lock"
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock_file.touch()
+    with Lock(lock_file, optional=True) as lock, StopSignals() as stop:
+        lock.claim("another pipeline, or a stage left over from a killed one,")
         images = {split: open_source(cfg.dataset, split).fingerprint() for split in ("train", "val")}
         for number, stage in enumerate(stages, 1):
-            status = run_stage(cfg, stage, images, stop, lock.fileno(), f"[{number}/{len(stages)}] {stage.name}")
+            status = run_stage(cfg, stage, images, stop, lock.hand_on(), f"[{number}/{len(stages)}] {stage.name}")
             if status != 0:
                 return status
         print(write_report(cfg, stages))
@@ -104,37 +107,22 @@ class StopSignals:
             os.kill(self.process, signal.SIGTERM)
 
 
-def hold_lock(root: Path) -> IO[str]:
-    """The open, locked file of a pipeline's folder; stages inherit it, so that the lock outlives a killed pipeline."""
-    root.mkdir(parents=True, exist_ok=True)
-    lock = (root / ".lock").open("a", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{root}: another pipeline, or a stage left over from a killed one, is running; waiting", flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
-
-
 def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, lock: int, title: str) -> int:
     """Run one stage unless it is done; its exit status. images: fingerprint of each split; lock: its descriptor."""
-    from ssdd.engine.files import read_json, sha256_file, write_json
+    from ssdd.engine.files import sha256_file
+    from ssdd.engine.resumable import WorkRecord
 
     records = Path(cfg.ckpt_dir) / cfg.name / "stages"
-    done, started = records / f"{stage.name}.json", records / f"{stage.name}.started.json"
     key = fingerprint(cfg, stage, images, records)
-    if done.is_file() and (record := read_json(done))["key"] == key:
+    done = WorkRecord(records / f"{stage.name}.json", {"key": key})
+    started = WorkRecord(records / f"{stage.name}.started.json", {"key": key})
+    if record := done.read():
         if all(Path(p).is_file() and sha256_file(p) == digest for p, digest in record["outputs"].items()):
             print(f"{title}: done before ({record['seconds']:.0f} s)", flush=True)
             return 0
-        started.unlink(missing_ok=True)  # outputs were changed or deleted: make them again from the start
-    done.unlink(missing_ok=True)
-    before = read_json(started) if started.is_file() else {"key": None, "seconds": 0.0}
-    if before["key"] != key:
-        for folder in stage.folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        before = {"key": key, "seconds": 0.0}
-        write_json(started, before)
+        started.path.unlink(missing_ok=True)  # outputs were changed or deleted: make them again from the start
+    done.path.unlink(missing_ok=True)
+    seconds = started.begin(*stage.folders).get("seconds", 0.0)
     if stop.received:
         print(f"{title}: not started; the same command continues here", flush=True)
         return INTERRUPTED
@@ -158,16 +146,16 @@ def run_stage(cfg: Any, stage: Any, images: dict[str, str], stop: StopSignals, l
     stop.process = None  # ended, but until now not free to be another's number
     _, wait_status, usage = os.wait4(process.pid, 0)
     status = process.returncode = os.waitstatus_to_exitcode(wait_status)
-    seconds = before["seconds"] + time.perf_counter() - began
+    seconds += time.perf_counter() - began
     if status != 0 or not all(path.is_file() for path in stage.outputs):
-        write_json(started, before | {"seconds": seconds})
+        started.write(seconds=seconds)
         if stop.received or status == 0:
             print(f"{title}: interrupted; the same command continues it", flush=True)
             return INTERRUPTED
         return 128 - status if status < 0 else status  # ended by a signal: as shells count
     outputs = {str(path): sha256_file(path) for path in stage.outputs}
     peak = peak or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    write_json(done, {"key": key, "seconds": seconds, "peak_memory_bytes": peak, "outputs": outputs})
+    done.write(seconds=seconds, peak_memory_bytes=peak, outputs=outputs)
     print(f"{title}: {seconds:.0f} s, peak memory {peak / 2**30:.1f} GiB", flush=True)
     return 0
 

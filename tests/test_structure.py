@@ -211,6 +211,28 @@ def test_what_travels_together_is_one_parameter():
     assert long <= WIDE_CONSTRUCTORS | WIDE_STILL
 
 
+def test_file_locks_stand_in_one_place():
+    assert [name for name, found in IMPORTS.items() if found & {"fcntl", "filelock"}] == ["ssdd.engine.locks"]
+
+
+def test_downloads_stand_in_one_place():
+    ways = {"urllib.request", "fsspec", "requests", "aiohttp", "httpx", "huggingface_hub"}
+    assert [name for name, found in IMPORTS.items() if found & ways] == ["ssdd.engine.remote"]
+    by_torch = [name for name, path in SOURCES.items() if "load_state_dict_from_url" in path.read_text()]
+    assert by_torch == []
+
+
+def test_the_users_cache_folder_is_named_in_one_place():
+    names = {"XDG_CACHE_HOME", ".cache", "~/.cache"}
+    users = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert users == {"ssdd.engine.user_cache"}
+
+
 def lays_out_text(node: ast.AST) -> bool:
     """Whether a node pads text to a width, or writes the line below the header of a Markdown table."""
     if isinstance(node, ast.FormattedValue) and node.format_spec is not None:
@@ -249,7 +271,7 @@ def test_no_error_ends_in_a_full_stop():
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
-        and node.func.id in ("UserError", "MissingFile")
+        and node.func.id in ("UserError", "MissingFile", "UnreadableFile")
         for argument in node.args
         for text in endings(argument)
         if text.endswith(".") and not text.endswith("..")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ssdd.engine.files import remove_leftovers, sync_folder
+from ssdd.engine.files import remove_leftovers, replacing
 from ssdd.fidelity.stored_sets import NPZ_IMAGES, NPZ_LABELS
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip file can hold: equal images give equal bytes
@@ -25,9 +24,8 @@ def write_npz(path: Path, batches: Iterable[Tensor], count: int, labels: Tensor)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    temporary = path.with_name(f".{path.name}.tmp")
     written = 0
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo(f"{NPZ_IMAGES}.npy", EPOCH), "w", force_zip64=True) as member:
             for batch in batches:
                 pixels = np.ascontiguousarray(batch.permute(0, 2, 3, 1).numpy())
@@ -38,12 +36,8 @@ def write_npz(path: Path, batches: Iterable[Tensor], count: int, labels: Tensor)
                 written += len(pixels)
         with archive.open(zipfile.ZipInfo(f"{NPZ_LABELS}.npy", EPOCH), "w") as member:
             np.lib.format.write_array(member, labels.numpy(), allow_pickle=False)
-    if written != count:
-        raise ValueError(f"expected {count} images, got {written}")
-    with open(temporary, "r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+        if written != count:
+            raise ValueError(f"expected {count} images, got {written}")
 
 
 def write_pngs(folder: Path, images: Tensor, indices: Iterable[int]) -> None:

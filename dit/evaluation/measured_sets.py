@@ -17,10 +17,10 @@ from torch import Tensor
 
 from dit.evaluation.export_images import write_npz, write_pngs
 from ssdd.engine.checkpoint import load_tensors, save_tensors
-from ssdd.engine.files import plain, read_json, write_json
+from ssdd.engine.files import plain, read_json
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes
-from ssdd.engine.resumable import Chunks
+from ssdd.engine.resumable import Chunks, WorkRecord
 from ssdd.fidelity.features import FeatureNetwork, Outputs
 from ssdd.fidelity.judge import SmallClassifier
 from ssdd.fidelity.measure import Collected, drawn_indices
@@ -98,14 +98,14 @@ class ImageSetFolder:
                 "images": export is not None,
             }
         )
+        self.record = WorkRecord(folder / "measured.json", {"request": self.request})
         self.chunks = Chunks(folder / "chunks", self.request, count, measuring.batch_size)
         self.finished = self._finished()
 
     def _finished(self) -> bool:
-        described = self.folder / "measured.json"
-        if not described.exists() or (self.export and not self.export.done()):
-            return False
-        return read_json(described)["request"] in (self.request, self.request | {"images": True})
+        with_images = WorkRecord(self.record.path, {"request": self.request | {"images": True}})
+        measured = self.record.read() or with_images.read()
+        return measured is not None and not (self.export and not self.export.done())
 
     def measure(self) -> None:
         """Make what is missing; every process its own chunks. Returns when all chunks are there."""
@@ -173,12 +173,10 @@ class ImageSetFolder:
         if self.export and self.export.npz:
             images = (self.chunks.load(chunk)["images"] for chunk in self.chunks.ranges)
             write_npz(self.export.npz, images, self.count, self.export.labels)
-        figures = {
-            "request": self.request,
-            "images_per_s": self.chunks.samples_per_s() * self.measuring.processes.world,
-            "class_accuracy": torch.cat(parts["correct"]).double().mean().item() if parts["correct"] else None,
-        }
-        write_json(self.folder / "measured.json", figures)
+        self.record.write(
+            images_per_s=self.chunks.samples_per_s() * self.measuring.processes.world,
+            class_accuracy=torch.cat(parts["correct"]).double().mean().item() if parts["correct"] else None,
+        )
         self.chunks.remove()
         self.finished = True
 
@@ -188,7 +186,7 @@ class ImageSetFolder:
 
     def figures(self) -> dict[str, Any]:
         """images_per_s of making them, over all processes; class_accuracy, or None without a judge."""
-        return read_json(self.folder / "measured.json")
+        return read_json(self.record.path)
 
     def pictures(self) -> dict[int, Tensor]:
         """The shown images, uint8 [3, H, W], by index."""

@@ -29,11 +29,11 @@ from dit.samplers import adaptive, heun, sde, sde_grid
 from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.devices import choose_kernels, to_device
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json, sha256_file, sha256_json, write_json
+from ssdd.engine.files import sha256_file, sha256_json, write_json
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes
 from ssdd.engine.random import batch_generator, indexed_noise
-from ssdd.engine.resumable import Chunks
+from ssdd.engine.resumable import Chunks, WorkRecord
 from ssdd.model.flow import euler, time_grid
 
 
@@ -188,11 +188,8 @@ def check_sampling(cfg: SamplingConfig) -> None:
 
 
 def _finished(out: Path, request: dict, n: int) -> bool:
-    described = out / "sample_set.json"
-    if not described.exists():
-        return False
-    found = read_json(described)
-    return found["n"] == n and found["request"] == sha256_json(request) and (out / "latents.safetensors").exists()
+    described = WorkRecord(out / "sample_set.json", {"n": n, "request": sha256_json(request)})
+    return described.read() is not None and (out / "latents.safetensors").exists()
 
 
 def trained_on(weights: Path) -> dict:

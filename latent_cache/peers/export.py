@@ -20,10 +20,10 @@ from latent_cache.peers.exchange import Block, Samples
 from latent_cache.peers.formats import FORMATS
 from latent_cache.read.dataset import LatentDataset
 from latent_cache.read.stored_rows import stored_rows
-from latent_cache.write.folder import FolderLock, clear_disk_errors
+from latent_cache.write.folder import clear_disk_errors, lock_of
 from latent_cache.write.normalise import denormalised
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json, remove_leftovers, sync_folder, write_json
+from ssdd.engine.files import put, read_json, remove_leftovers, write_json
 from ssdd.model.latent import LatentNorm
 
 ORIGIN = "export.json"
@@ -79,14 +79,13 @@ def export(cfg: ExportConfig) -> str:
     with clear_disk_errors(out):
         if not _is_finished(out, origin):
             partial.mkdir(parents=True, exist_ok=True)
-            with FolderLock(partial) as lock:
-                lock.claim()
+            with lock_of(partial) as lock:
+                lock.claim("another export")
                 if not _is_finished(out, origin):  # another process may have ended while this one waited
                     _open(partial, origin, needed)
                     _write(cfg, cache, values, partial)
                     os.sync()
-                    os.replace(partial, out)
-                    sync_folder(out.parent)
+                    put(partial, out)
     return f"{cfg.out}: {told}"
 
 

@@ -21,7 +21,7 @@ from latent_cache.peers.exchange import PeerLatents
 from latent_cache.peers.export import ORIGIN, ORIGIN_FORMAT, VERSION
 from latent_cache.peers.formats import FORMATS, readable
 from latent_cache.write.encode import RawShard
-from latent_cache.write.folder import CacheFolder, FolderLock, clear_disk_errors
+from latent_cache.write.folder import CacheFolder, clear_disk_errors, lock_of
 from latent_cache.write.normalise import normalise_shards, progress, statistics_of
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
@@ -186,8 +186,8 @@ def store(root: Path, settings: dict, peer: PeerLatents, origin: Origin, overwri
     alone = Processes(0, 1, torch.device("cpu"))
     with clear_disk_errors(root):
         folder.make()
-        with FolderLock(root) as lock:
-            lock.claim()
+        with lock_of(root) as lock:
+            lock.claim("another build")
             if not folder.open(overwrite, any_device=False):
                 _read(folder, peer, alone)
                 norm = origin.norm or statistics_of(folder)

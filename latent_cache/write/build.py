@@ -15,9 +15,10 @@ from latent_cache.config import BuildConfig
 from latent_cache.manifest import FORMAT, VERSION, load_manifest
 from latent_cache.write.arithmetic import exact_arithmetic
 from latent_cache.write.encode import Images, encode_shards
-from latent_cache.write.folder import CacheFolder, FolderLock, clear_disk_errors
+from latent_cache.write.folder import CacheFolder, clear_disk_errors, lock_of
 from latent_cache.write.normalise import normalise_shards, progress, statistics_of
 from ssdd.engine.errors import UserError
+from ssdd.engine.locks import Lock
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes
 from ssdd.images.sources import ImageSource, open_source
@@ -40,7 +41,7 @@ def build(cfg: BuildConfig) -> dict:
     folder = CacheFolder(root, settings)
     with clear_disk_errors(root):
         processes.agree(folder.make)
-        with FolderLock(root) as lock:
+        with lock_of(root) as lock:
             if not processes.agree(lambda: _open(folder, lock, cfg)):
                 lock.share()
                 images = Images(cfg.dataset, sources, {s: entry["skipped"] for s, entry in settings["splits"].items()})
@@ -104,8 +105,8 @@ def describe(cfg: BuildConfig, tokenizer: SSDD, sources: dict[str, ImageSource],
     }
 
 
-def _open(folder: CacheFolder, lock: FolderLock, cfg: BuildConfig) -> bool:
-    lock.claim()
+def _open(folder: CacheFolder, lock: Lock, cfg: BuildConfig) -> bool:
+    lock.claim("another build")
     with clear_disk_errors(folder.root):
         return folder.open(cfg.overwrite, any_device=cfg.device == "auto")
 

@@ -7,7 +7,6 @@ Shards are equal byte for byte on CPUs of one capability, which the manifest rec
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from latent_cache.write.channel_statistics import ChannelStatistics
-from latent_cache.write.folder import CacheFolder, Job, put
+from latent_cache.write.folder import CacheFolder, Job
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import write_json
+from ssdd.engine.files import put, write_json
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.pixels import from_uint8
 from ssdd.images.sources import DatasetConfig, ImageSource
@@ -147,8 +146,6 @@ class RawShard:
         self._statistics.append(ChannelStatistics.of(flat, self.folder.settings["content"]))
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         put(self._path, self.folder.raw(self.job))
         write_json(self.folder.raw_statistics(self.job), ChannelStatistics.merged(self._statistics).to_dict())

@@ -12,8 +12,6 @@ Every file is written beside, synced and renamed, so that a killed build leaves 
 from __future__ import annotations
 
 import errno
-import fcntl
-import logging
 import os
 import re
 import shutil
@@ -30,15 +28,15 @@ from latent_cache.shard import shard_name
 from latent_cache.verify import split_problems, statistics_problems
 from latent_cache.write.channel_statistics import ChannelStatistics
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json, remove_leftovers, sync_folder, write_json
+from ssdd.engine.files import read_json, remove_leftovers, write_json
+from ssdd.engine.locks import Lock
+from ssdd.engine.resumable import WorkRecord
 from ssdd.images.sources import SPLITS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 RETRY = "make room and run the same command again; it will continue"
 SHARD_FILE = re.compile(r"\d{6}\.(tar|json)")
-
-log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
@@ -55,6 +53,7 @@ class CacheFolder:
     def __init__(self, root: Path, settings: dict) -> None:
         self.root, self.settings = root, settings
         self.partial = root / ".partial"
+        self.record = WorkRecord(self.partial / "settings.json", settings)
         self.layout = layout_of(settings)
         self.jobs = [
             Job(split, number, samples)
@@ -111,9 +110,7 @@ class CacheFolder:
         self._check_space()
         if conflict:
             self._wipe()
-        if not (self.partial / "settings.json").is_file():
-            shutil.rmtree(self.partial, ignore_errors=True)
-            write_json(self.partial / "settings.json", self.settings)
+        self.record.begin(self.partial)
         for split in self.settings["splits"]:
             (self.partial / split).mkdir(exist_ok=True)
             (self.root / split).mkdir(exist_ok=True)
@@ -138,8 +135,8 @@ class CacheFolder:
             own = found["encoding"]  # nothing is left to encode: any CPU will do, and any device if none was requested
             kept = {"precision": own.get("precision")} | ({"device": own.get("device")} if any_device else {})
             wanted = {**wanted, "encoding": {**wanted["encoding"], **kept}}
-        elif (self.partial / "settings.json").is_file():
-            found, kind = read_json(self.partial / "settings.json"), "an unfinished build"
+        elif (found := self.record.found()) is not None:
+            kind = "an unfinished build"
         elif taken := [name for name in (*SPLITS, STATISTICS) if (self.root / name).exists()]:
             raise UserError(
                 f"out={self.root} holds {', '.join(taken)} but no cache: choose an empty or a new folder for the cache"
@@ -189,7 +186,7 @@ class CacheFolder:
 
     def _wipe(self) -> None:
         """Delete the cache or build of other settings, and nothing else; a wipe that is killed can be repeated."""
-        write_json(self.partial / "settings.json", {"deleting": True})
+        write_json(self.record.path, {"deleting": True})
         for name in (MANIFEST, STATISTICS):
             (self.root / name).unlink(missing_ok=True)
         for path in list(self._own_files()):
@@ -201,51 +198,15 @@ class CacheFolder:
         shutil.rmtree(self.partial)
 
 
-def put(temporary: Path, final: Path) -> None:
-    """Give a synced file its name, durably."""
-    os.replace(temporary, final)
-    sync_folder(final.parent)
-
-
-class FolderLock:
-    """Keeps two builds out of one folder; the system releases it when a build and the processes that read its images
-    end, however they end."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            self._descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder} was made by process 0, but this process does not see it: all machines of a build must share "
-                "the disk of out="
-            ) from None
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock(fcntl.LOCK_UN)
-        os.close(self._descriptor)
-
-    def claim(self) -> None:
-        """Wait until no other build works here."""
-        try:
-            self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("another build works in this folder: waiting until it ends")
-            self._lock(fcntl.LOCK_EX)
-
-    def share(self) -> None:
-        """Keep other builds out, but let the processes of this one in."""
-        self._lock(fcntl.LOCK_SH)
-
-    def _lock(self, how: int) -> None:
-        try:
-            fcntl.flock(self._descriptor, how)
-        except OSError as problem:
-            if isinstance(problem, BlockingIOError):
-                raise
-            log.debug("this file system has no locks (%s): continuing without them", problem)
+def lock_of(folder: Path) -> Lock:
+    """Keeps two builds out of one folder, where its file system has locks. UserError where the folder is not seen."""
+    try:
+        return Lock(folder, optional=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} was made by process 0, but this process does not see it: all machines of a build must share "
+            "the disk of out="
+        ) from None
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from latent_cache.manifest import STATISTICS, write_manifest
 from latent_cache.shard import write_shard
-from latent_cache.write.folder import CacheFolder, Job, put
+from latent_cache.write.folder import CacheFolder, Job
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json, sha256_file, write_json
+from ssdd.engine.files import put, read_json, sha256_file, write_json
 from ssdd.engine.processes import Processes
 from ssdd.model.latent import LatentNorm
 

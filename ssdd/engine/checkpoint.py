@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
-from ssdd.engine.files import plain, sync_folder, write_atomic
+from ssdd.engine.files import plain, replacing, sync, write_atomic
 from ssdd.engine.sharding import laid_out_as
 
 STATE_FILE = "state.json"
@@ -70,8 +69,7 @@ def link(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None
                 os.link(path, new / path.name)
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, new / path.name)
-                with open(new / path.name, "r+b") as file:
-                    os.fsync(file.fileno())
+                sync(new / path.name)
         write_atomic(new / STATE_FILE, (source / STATE_FILE).read_bytes())
 
 
@@ -125,8 +123,6 @@ def save_tensors(
 
     Tensors may live on any device, share memory (tied weights are written twice) and have any strides.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     owned: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -134,20 +130,13 @@ def save_tensors(
         storage = tensor.untyped_storage().data_ptr()
         owned[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # as the umask allows; the library makes files private
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask allows; the library makes files private
         save_file(owned, temporary, dict(metadata) if metadata else None)
         with open(temporary, "r+b") as file:
             _sort_metadata(file)
-            os.fsync(file.fileno())
         temporary.chmod(mode)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -250,12 +239,12 @@ def _replaced(folder: Path) -> Iterator[Path]:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     yield new
-    sync_folder(new)
+    sync(new)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -47,8 +47,8 @@ def peak_memory(device: torch.device) -> int:
 def resident_peak(process: int | str) -> int:
     """Peak resident bytes of a process that runs, or "self"; 0 where it is not recorded (not Linux)."""
     try:
-        told = Path(f"/proc/{process}/status").read_text()
+        status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return 0
-    peak = re.search(r"VmHWM:\s+(\d+) kB", told)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
     return int(peak[1]) * 1024 if peak else 0

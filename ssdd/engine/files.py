@@ -9,6 +9,8 @@ import json
 import math
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +18,46 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write ``data`` (text as UTF-8) so that ``path`` holds either its old or its new content, never a part.
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden path beside ``path`` for its new content, which takes its place at the end of the block; see `put`.
 
-    The data goes to a hidden file beside ``path``, is synced, and renamed. Parent folders are created. A writer that is
-    killed may leave ``.<name>.<random>.tmp`` behind; see :func:`remove_leftovers`.
+    Parent folders are created. A writer that is killed may leave ``.<name>.<random>.tmp`` behind; see
+    :func:`remove_leftovers`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
+        put(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Give what is written its name, durably: ``path`` holds either its old or its new content, never a part."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write ``data`` (text as UTF-8) so that ``path`` holds either its old or its new content, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Delete what killed :func:`write_atomic` calls left in ``folder``. Only for its single writer, when it starts."""
+    """Delete what killed :func:`replacing` blocks left in ``folder``. Only for its single writer, when it starts."""
     for leftover in Path(folder).glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make the renames and new names inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str | os.PathLike[str]) -> None:
+    """Make a file's content durable, or the renames and new names inside a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -50,8 +50,8 @@ class ProgressLog:
         if self._bar is not None:
             self._bar.update(steps)
 
-    def metrics(self, step: int, values: dict[str, Any], *, show: bool = True) -> None:
-        """Record the scalars ``values`` of ``step`` in the files and, if ``show``, on the bar or as a line."""
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Record the scalars ``values`` of ``step`` in the files, and on the bar or as a line."""
         if not self._main:
             return
         if self._run is not None:
@@ -62,9 +62,9 @@ class ProgressLog:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
-        if show and self._bar is not None:
+        if self._bar is not None:
             self._bar.set_postfix_str("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-        elif show:
+        else:
             self._line(f"{self.position()}  " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:

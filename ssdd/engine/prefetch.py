@@ -6,21 +6,16 @@ no file has its final name before it is complete, and verified where its checksu
 
 from __future__ import annotations
 
-import errno
-import http.client
-import os
 import sys
-import time
 import zipfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import sha256_file, sync_folder
+from ssdd.engine.files import put
 from ssdd.engine.pretrained import (
     PRETRAINED,
     SEARCH_VARIABLE,
@@ -31,13 +26,7 @@ from ssdd.engine.pretrained import (
     verify,
 )
 from ssdd.engine.program import run_program
-
-ATTEMPTS = 4
-PAUSE = 1.0  # seconds before the second attempt; doubles each time
-TIMEOUT = 60.0  # seconds without a byte
-BLOCK = 2**20
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-PASSING = (408, 429)  # refusals that another attempt may overcome, besides the server's own errors (5xx)
+from ssdd.engine.remote import MissingFile, UnreadableFile, download, open_web
 
 
 @dataclass
@@ -112,74 +101,37 @@ def fetch(name: str, weights: PretrainedWeights, out: Path) -> Path:
     elif target.exists():
         raise UserError(f"{target} is not a complete download of {name}: remove it and start again")
     print(f"{name}: {weights.url}")
-    part = out / f".{weights.filename}.part"
-    checksum = download(name, weights, part)
-    size = part.stat().st_size
+    received = out / f".{weights.filename}.zip" if weights.members else target
+    checksum = download_weights(name, weights, received)
+    size = received.stat().st_size
     if weights.members:
-        unpack(part, weights, target)
-    else:
-        os.replace(part, target)
-    sync_folder(out)
+        unpack(received, weights, target)
     proof = "verified" if weights.sha256 else "of a file whose checksum is not known here"
     print(f"{name}: {size / 2**20:.1f} MiB in {target}, sha256 {checksum} ({proof})")
     return target
 
 
-def download(name: str, weights: PretrainedWeights, part: Path) -> str:
-    """Complete the file `part` from the URL, in several attempts; returns its sha256."""
-    for attempt in range(ATTEMPTS):
-        if not weights.sha256:  # nothing could detect a truncated file, or halves that don't belong together
-            part.unlink(missing_ok=True)
-        resumed = part.is_file()
-        try:
-            if not (resumed and sha256_file(part).startswith(weights.sha256)):  # killed before it was renamed
-                _transfer(weights, part)
-            checksum = sha256_file(part)
-            if checksum.startswith(weights.sha256):
-                return checksum
-            part.unlink()
-            if not resumed:
-                raise UserError(
-                    f"{name}: the file from {weights.url} has sha256 {checksum}, expected {weights.checksum}; it was "
-                    "deleted. A proxy may have replied instead of the server"
-                )
-            problem = "the part that was there is damaged"
-        except HTTPError as error:
-            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-                part.unlink(missing_ok=True)
-            elif error.code < 500 and error.code not in PASSING:
-                hint = f"; timm's names have a tag, as {TIMM_PREFIX}resnet50.a1_in1k" if TIMM_PREFIX in name else ""
-                raise UserError(f"{name}: {weights.url} returned {error.code} {error.reason}{hint}") from None
-            problem = f"the server returned {error.code} {error.reason}"
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-                raise
-            problem = str(error) or type(error).__name__
-        print(f"{name}: {problem} (attempt {attempt + 1} of {ATTEMPTS})", file=sys.stderr)
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(PAUSE * 2**attempt)
-    raise UserError(
-        f"{name}: {weights.url} can't be downloaded ({problem}). Is this machine connected, or does it need "
-        "https_proxy? The same command continues from here"
-    )
+def download_weights(name: str, weights: PretrainedWeights, target: Path) -> str:
+    """Download what the URL of `weights` has as `target`; returns its SHA-256."""
 
+    def check(checksum: str) -> None:
+        if not checksum.startswith(weights.sha256):
+            raise UserError(
+                f"{name}: the file from {weights.url} has sha256 {checksum}, expected {weights.checksum}; it was "
+                "deleted. A proxy may have replied instead of the server"
+            )
 
-def _transfer(weights: PretrainedWeights, part: Path) -> None:
-    """Download once: what `part` lacks where the server can send that, else all of it."""
-    there = part.stat().st_size if part.is_file() else 0
-    request = Request(weights.url, headers={"Range": f"bytes={there}-"} if there else {})
-    with urlopen(request, timeout=TIMEOUT) as response:
-        resumes = response.status == http.client.PARTIAL_CONTENT
-        expected = response.headers.get("Content-Length")
-        received = 0
-        with open(part, "ab" if resumes else "wb") as file:
-            while block := response.read(BLOCK):
-                file.write(block)
-                received += len(block)
-            file.flush()
-            os.fsync(file.fileno())
-    if expected is not None and received != int(expected):
-        raise ConnectionError(f"the transfer ended after {received} of {expected} bytes")
+    try:
+        # Without a checksum nothing could detect halves that don't belong together.
+        return download(weights.url, partial(open_web, weights.url), target, check, resume=bool(weights.sha256))
+    except MissingFile as error:
+        hint = f"; timm's names have a tag, as {TIMM_PREFIX}resnet50.a1_in1k" if TIMM_PREFIX in name else ""
+        raise UserError(f"{name}: {error}{hint}") from None
+    except UnreadableFile as error:
+        raise UserError(
+            f"{name}: {error}. Is this machine connected, or does it need https_proxy? The same command continues from "
+            "here"
+        ) from None
 
 
 def unpack(archive: Path, weights: PretrainedWeights, target: Path) -> None:
@@ -194,7 +146,7 @@ def unpack(archive: Path, weights: PretrainedWeights, target: Path) -> None:
         if not weights.is_at(content):
             archive.unlink()
             raise UserError(f"the zip of {weights.url} lacks some of {', '.join(weights.members)}")
-        os.replace(content, target)
+        put(content, target)
     archive.unlink()
 
 

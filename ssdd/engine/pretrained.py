@@ -20,6 +20,7 @@ from ssdd.engine.checkpoint import load_tensors as read_safetensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import sha256_file
+from ssdd.engine.user_cache import caches_of_user
 
 SEARCH_VARIABLE = "SSDD_WEIGHTS"
 TIMM_PREFIX = "timm/"
@@ -196,8 +197,7 @@ def verify(path: Path, weights: PretrainedWeights) -> None:
 
 def _hub_folder(name: str) -> Path:
     """Where the Hugging Face hub's client keeps the downloads of timm/MODEL."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    home = Path(os.environ.get("HF_HOME") or caches / "huggingface").expanduser()
+    home = Path(os.environ.get("HF_HOME") or caches_of_user() / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     return cache / f"models--timm--{name.removeprefix(TIMM_PREFIX)}"
 

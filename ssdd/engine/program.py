@@ -26,9 +26,9 @@ def run_program(work: Callable[[list[str]], int | None], argv: list[str] | None)
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
     except Exception as error:  # libraries have their own types for a full disk; all else is raised again
-        if (told := full_disk(error)) is None:
+        if (message := full_disk(error)) is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 

@@ -1,24 +1,28 @@
-"""Files at any fsspec URL, and copies of them here: whole, checked, retried."""
+"""Files at any URL, through fsspec or from a plain web server, and copies of them here: whole, checked, retried."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from ssdd.engine.errors import UserError, full_disk
 from ssdd.engine.file_kinds import check_regular
-from ssdd.engine.files import sync_folder
+from ssdd.engine.files import put
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
-PAUSE = 0.5  # seconds before the second attempt; doubles each time
+PAUSE = 1.0  # seconds before the second attempt; doubles each time
+TIMEOUT = 60.0  # seconds without a byte
+PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)  # besides the server's own errors (5xx)
 BLOCK = 2**20
 MARKS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -26,7 +30,11 @@ Result = TypeVar("Result")
 
 
 class MissingFile(UserError):
-    """There is no such file at a URL."""
+    """There is no such file at a URL, or none for us."""
+
+
+class UnreadableFile(UserError):
+    """No attempt to read a file at a URL was successful."""
 
 
 class RemoteFolder:
@@ -54,7 +62,7 @@ class RemoteFolder:
         """Sorted names of what folder `name` holds but for hidden files; empty when there is no such folder."""
         filesystem, path = self._resolve(name)
         try:
-            found = self._attempts(name, lambda: filesystem.ls(path, detail=False))
+            found = _attempts(self.where(name), lambda: filesystem.ls(path, detail=False))
         except MissingFile:
             return []
         bare = (entry.rstrip("/").rpartition("/")[2] for entry in found)
@@ -63,25 +71,21 @@ class RemoteFolder:
     def version(self, name: str) -> dict[str, Any]:
         """What changes when the file does: "bytes" (None if unknown), and the marks that its file system has."""
         filesystem, path = self._resolve(name)
-        info = self._attempts(name, lambda: filesystem.info(path))
+        info = _attempts(self.where(name), lambda: filesystem.info(path))
         return {"bytes": info.get("size"), **{mark: str(info[mark]) for mark in MARKS if info.get(mark) is not None}}
 
     def read(self, name: str) -> bytes:
         """A small file. UserError when it is missing (MissingFile) or can't be read."""
-        return self._attempts(name, lambda: self._read(name))
+        return _attempts(self.where(name), lambda: self._read(name))
 
     def download(self, name: str, target: Path, size: int | None, sha256: str | None = None) -> None:
-        """Copy file `name` to `target`, whole or not at all; a copy of other size or checksum is made again.
+        """Copy file `name` to `target` as `download` does; a copy of other size or checksum is made again."""
 
-        For one writer at a time. OSError when `target` can't be written to, UserError when the file can't be fetched.
-        """
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            self._attempts(name, lambda: self._download(name, temporary, size, sha256))
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(target.parent)
+        def check(checksum: str) -> None:
+            if sha256 is not None and checksum != sha256:
+                raise OSError("the received file is damaged (its checksum is wrong)")
+
+        download(self.where(name), lambda _: Stream(self.open(name), 0, size), target, check)
 
     def _resolve(self, name: str) -> tuple[Any, str]:
         import fsspec
@@ -91,62 +95,109 @@ class RemoteFolder:
         except (ImportError, ValueError) as error:  # a protocol whose package is missing, or that does not exist
             raise UserError(f"can't read {self.url}: {error}") from None
 
-    def _attempts(self, name: str, act: Callable[[], Result]) -> Result:
-        for attempt in range(ATTEMPTS):
-            try:
-                return act()
-            except UserError:
-                raise
-            except FileNotFoundError:
-                raise MissingFile(f"{self.where(name)} is missing: upload it, or correct the address") from None
-            except Exception as error:  # every file system has its own kinds of failures
-                if full_disk(error):
-                    raise
-                problem = str(error) or type(error).__name__
-                log.warning("%s: %s (attempt %d of %d)", self.where(name), problem, attempt + 1, ATTEMPTS)
-                if attempt + 1 < ATTEMPTS:
-                    time.sleep(PAUSE * 2**attempt)
-        raise UserError(f"{self.where(name)} can't be read, after {ATTEMPTS} attempts: {problem}")
-
     def _read(self, name: str) -> bytes:
         with self.open(name) as file:
             return file.read()
 
-    def _download(self, name: str, target: Path, size: int | None, sha256: str | None) -> None:
-        digest, copied = hashlib.sha256(), 0
-        with self.open(name) as source, open(target, "wb") as copy:
-            while block := source.read(BLOCK):
-                copy.write(block)
-                digest.update(block)
-                copied += len(block)
-            copy.flush()
-            os.fsync(copy.fileno())
-        if size is not None and copied != size:
-            raise OSError(f"received {copied} bytes instead of {size}")
-        if sha256 is not None and digest.hexdigest() != sha256:
-            raise OSError("the received file is damaged (its checksum is wrong)")
+
+class Stream(NamedTuple):
+    """A file that is being read: from which byte on, and how many there are from there, if that is known."""
+
+    file: BinaryIO
+    begin: int
+    length: int | None
 
 
-def cache_folder() -> Path:
-    """Where downloads and indices of this project lie: by the XDG rules, $XDG_CACHE_HOME/ssdd or ~/.cache/ssdd.
+def open_web(url: str, begin: int = 0) -> Stream:
+    """A file on a web server from byte `begin` on, or from its beginning where the server can't resume.
 
-    Without a home, or with one that is not there and can't be made, a folder of this user's below $TMPDIR.
+    Through the proxies that the environment names. MissingFile when the server refuses for good.
     """
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssdd"
-        if folder.is_dir():
-            return folder
-        there = next(parent for parent in folder.absolute().parents if parent.exists())
-        usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    except (RuntimeError, PermissionError):  # no home and no such user, as in containers with --user; another's home
-        usable = False
-    return folder if usable else _temporary_cache()
+        response = urlopen(Request(url, headers={"Range": f"bytes={begin}-"} if begin else {}), timeout=TIMEOUT)
+    except HTTPError as error:
+        if begin and error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return open_web(url)
+        if error.code < 500 and error.code not in PASSING:
+            raise MissingFile(f"{url} returned {error.code} {error.reason}") from None
+        raise
+    length = response.headers.get("Content-Length")
+    resumes = response.status == HTTPStatus.PARTIAL_CONTENT
+    return Stream(response, begin if resumes else 0, None if length is None else int(length))
 
 
-def _temporary_cache() -> Path:
-    """Refused if another user has made it: its content would be theirs."""
-    folder = Path(tempfile.gettempdir()) / f"ssdd-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder} belongs to another user: set HOME or XDG_CACHE_HOME to a folder of your own")
-    return folder
+def download(
+    where: str,
+    open_at: Callable[[int], Stream],
+    target: Path,
+    check: Callable[[str], None],
+    resume: bool = False,
+) -> str:
+    """Make `target` the file at `where`, whole or not at all; returns its SHA-256. For one writer at a time.
+
+    open_at: opens it at a byte, or at its beginning where that can't be done. check: takes the SHA-256 of all that was
+    received; for a wrong one it raises OSError, and the file is fetched again, or UserError. resume: keep what a broken
+    transfer received, also for a later call; for a `check` that tells whether parts belong together.
+
+    OSError when `target` can't be written to, UserError when the file can't be fetched.
+    """
+    part = target.with_name(f".{target.name}.part")
+    part.touch()  # where that is refused, no attempt would help
+    try:
+        checksum = _attempts(where, lambda: _transfer(open_at, part, check, resume))
+        put(part, target)
+        return checksum
+    finally:
+        if part.exists() and not (resume and part.stat().st_size):
+            part.unlink()
+
+
+def _transfer(open_at: Callable[[int], Stream], part: Path, check: Callable[[str], None], resume: bool) -> str:
+    """Complete `part` in one go, and return its SHA-256, if `check` takes it; else drop it."""
+    with open(part, "r+b") as copy:
+        if not resume:
+            copy.truncate()
+        digest = hashlib.file_digest(copy, "sha256")
+        if there := copy.tell():
+            with suppress(UserError, OSError):
+                check(digest.hexdigest())  # the last process was killed before the file got its name
+                return digest.hexdigest()
+        stream, begin, length = open_at(there)
+        with stream:
+            if begin == 0:
+                copy.seek(0)
+                copy.truncate()
+                digest = hashlib.sha256()
+            while block := stream.read(BLOCK):
+                copy.write(block)
+                digest.update(block)
+            received = copy.tell() - begin
+        if length is not None and received != length:
+            raise OSError(f"the transfer ended after {received} of {length} bytes")
+        try:
+            check(digest.hexdigest())
+        except (UserError, OSError):
+            copy.truncate(0)
+            if begin:
+                raise OSError("the part that was there is damaged") from None
+            raise
+    return digest.hexdigest()
+
+
+def _attempts(where: str, act: Callable[[], Result]) -> Result:
+    """`act()`, again and again while it fails for reasons that may pass."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return act()
+        except UserError:
+            raise
+        except FileNotFoundError:
+            raise MissingFile(f"{where} is missing: upload it, or correct the address") from None
+        except Exception as error:  # every file system has its own kinds of failures
+            if full_disk(error):
+                raise
+            problem = str(error) or type(error).__name__
+            log.warning("%s: %s (attempt %d of %d)", where, problem, attempt + 1, ATTEMPTS)
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(PAUSE * 2**attempt)
+    raise UnreadableFile(f"{where} can't be read, after {ATTEMPTS} attempts: {problem}")

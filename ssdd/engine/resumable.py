@@ -1,4 +1,4 @@
-"""Work on n samples in chunks fixed by sample index; a chunk that is done is a file, so that a kill costs one chunk."""
+"""Work that survives a kill: a record of what it is for, and samples in chunks that are files once they are done."""
 
 from __future__ import annotations
 
@@ -15,12 +15,52 @@ from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.files import plain, read_json, remove_leftovers, write_json
 
 
+class WorkRecord:
+    """A JSON file with the `request` that some work is for, a dict of JSON values, and what is known of the work.
+
+    Written first, it says to which request the unfinished work belongs that is there; written last, that all is there.
+    """
+
+    def __init__(self, path: Path, request: dict[str, Any]):
+        self.path, self.request = path, plain(request)
+
+    def found(self) -> dict[str, Any] | None:
+        """The record that is there, whatever its request."""
+        return read_json(self.path) if self.path.is_file() else None
+
+    def read(self) -> dict[str, Any] | None:
+        """The record that is there, if it is of this request."""
+        found = self.found()
+        same = found is not None and all(found.get(key) == value for key, value in self.request.items())
+        return found if same else None
+
+    def write(self, **known: Any) -> None:
+        """Record the request, and what is known of the work on it."""
+        write_json(self.path, self.request | known)
+
+    def begin(self, *folders: Path) -> dict[str, Any]:
+        """The record, a new one unless it is of this request: then `folders`, with other work, are deleted before.
+
+        For the main process, before the others start.
+        """
+        if (found := self.read()) is not None:
+            return found
+        for folder in folders:
+            if folder.exists():
+                shutil.rmtree(folder)
+        self.write()
+        return self.request
+
+
 class Chunks:
-    """A folder with one safetensors file per chunk of `size` samples, all made for the same `request` (JSON values)."""
+    """A folder with one safetensors file per chunk of `size` samples, all made for the same `request` (JSON values).
+
+    Chunks are fixed by sample index, and one that is done stays, so that a kill costs one chunk.
+    """
 
     def __init__(self, folder: Path, request: dict[str, Any], count: int, size: int):
-        self.folder, self.request, self.count = folder, plain(request), count
-        self.size = min(size, count)
+        self.folder, self.count, self.size = folder, count, min(size, count)
+        self.record = WorkRecord(folder / "request.json", {"request": request})
 
     @property
     def ranges(self) -> list[range]:
@@ -29,10 +69,7 @@ class Chunks:
 
     def prepare(self) -> None:
         """Keep chunks of the same request, drop those of another one. For the main process, before the others start."""
-        described = self.folder / "request.json"
-        if self.folder.exists() and (not described.exists() or read_json(described) != self.request):
-            shutil.rmtree(self.folder)
-        write_json(described, self.request)
+        self.record.begin(self.folder)
         remove_leftovers(self.folder)
 
     def missing(self, rank: int = 0, world: int = 1) -> Iterator[range]:

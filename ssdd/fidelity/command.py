@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
 from ssdd.engine.program import named_paths, run_program
+from ssdd.engine.tables import listed
 from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, frechet_floor, paired_differences
 from ssdd.fidelity.features import FeatureNetwork, load_networks
 from ssdd.fidelity.kid import KernelEstimate, kernel_distance_of_subsets
@@ -193,9 +195,11 @@ def table(result: dict[str, Any]) -> str:
         labels = INCEPTION_LABELS if network == "inception" else LABELS
         for name, row in scores.items():
             lines.append(f"\n{name}, {network} (weights {result['networks'][network]['checksum'][:8]}):")
-            for key, value in row.items():
-                shown = f"{value:.6g}" if isinstance(value, float) else value
-                lines.append(f"  {labels.get(key, key.replace('_', ' '))}: {shown}")
+            figures = {
+                f"{labels.get(key, key.replace('_', ' '))}:": f"{value:.6g}" if isinstance(value, float) else str(value)
+                for key, value in row.items()
+            }
+            lines.append(indent(listed(figures), "  "))
     for network, decision in result.get("decision", {}).items():
         lines.append(
             f"\nclosest by {decision['by']} on {network}: {decision['closest'] or 'left open by the interval'}"

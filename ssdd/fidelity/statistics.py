@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
-from ssdd.engine.remote import cache_folder
+from ssdd.engine.user_cache import cache_folder
 from ssdd.fidelity.moments import Statistics
 
 FORMAT = "ssdd fidelity statistics 1"

@@ -25,7 +25,8 @@ from ssdd.engine.errors import UserError, full_disk
 from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import read_json, write_atomic
 from ssdd.engine.locks import locked
-from ssdd.engine.remote import BLOCK, MissingFile, RemoteFolder, cache_folder
+from ssdd.engine.remote import BLOCK, MissingFile, RemoteFolder
+from ssdd.engine.user_cache import cache_folder
 from ssdd.images.stored_files import add_files, decode_rgb, stored_as
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")

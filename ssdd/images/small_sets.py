@@ -16,7 +16,7 @@ from PIL import Image
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.random import random_state
-from ssdd.engine.remote import cache_folder
+from ssdd.engine.user_cache import cache_folder
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import plain, read_json, remove_leftovers, sha256_file, sha256_json, write_atomic, write_json
+from ssdd.engine.files import (
+    plain,
+    read_json,
+    remove_leftovers,
+    replacing,
+    sha256_file,
+    sha256_json,
+    write_atomic,
+    write_json,
+)
 from tests.kills import AtCall, start
 
 
@@ -110,3 +119,13 @@ def test_fingerprints_depend_on_content_alone(tmp_path):
     assert sha256_json({"a": 1, "b": (1, 2)}) == sha256_json({"b": [1, 2], "a": 1})
     assert sha256_json({"a": 1}) != sha256_json({"a": 1.5})
     assert sha256_json({"a": 0.1}) == sha256_json({"a": np.float64(0.1)})
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(ValueError, match="inside"), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ValueError("inside")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -8,11 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from ssdd.engine.locks import locked
+from ssdd.engine.locks import Lock, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
@@ -102,3 +103,46 @@ def test_of_a_killed_holder_its_forked_processes_do_not_keep_the_lock(file):
             assert is_free(file)
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+def test_who_waits_for_a_lock_is_told_and_gets_it(file, caplog):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(file)], cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        child = int(holder.stdout.readline())
+        threading.Timer(0.3, holder.kill).start()
+        try:
+            with Lock(file) as lock:
+                lock.claim("another test")
+                assert f"another test works in {file}: waiting until it ends" in caplog.text
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_what_is_shared_lets_in_who_shares_and_nobody_else(file):
+    with Lock(file) as first, Lock(file) as second:
+        first.claim()
+        first.share()
+        second.share()
+        assert not is_free(file)
+    assert is_free(file)
+
+
+def test_where_a_lock_is_optional_work_goes_on_without(file, monkeypatch):
+    def refuse(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with Lock(file, optional=True) as lock:
+        lock.claim()
+        lock.share()
+
+
+def test_a_program_that_a_lock_is_handed_on_to_holds_it_until_it_ends(file):
+    with Lock(file) as lock:
+        lock.claim()
+        program = subprocess.Popen(["sleep", "60"], pass_fds=[lock.hand_on()])
+    try:
+        assert not is_free(file)
+    finally:
+        program.kill()
+        program.wait()
+    assert is_free(file)

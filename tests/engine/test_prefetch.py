@@ -14,6 +14,7 @@ import pytest
 
 from ssdd.engine import prefetch as prefetch_weights
 from ssdd.engine import pretrained as weights
+from ssdd.engine import remote
 from ssdd.engine.prefetch import main
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch):
     """The weights vgg16 and dinov2_vitb14 (whose checksum is unknown) come from a server of the test."""
-    monkeypatch.setattr(prefetch_weights, "PAUSE", 0)
+    monkeypatch.setattr(remote, "PAUSE", 0)
     for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     server = Server()
@@ -96,7 +97,7 @@ def test_an_interrupted_transfer_goes_on_where_it_ended(server, tmp_path):
 
 
 def test_a_later_command_goes_on_with_the_part_of_an_earlier_one(server, tmp_path, capsys):
-    server.cuts = [1000] * prefetch_weights.ATTEMPTS
+    server.cuts = [1000] * remote.ATTEMPTS
     assert fetch(tmp_path) == 2
     assert "ended after 1000 of" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [".vgg16-397923af.pth.part"]
@@ -143,11 +144,11 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_an_error_at_once(server, 
     assert "returned 404" in (error := capsys.readouterr().err) and "timm/resnet50.a1_in1k" in error
 
 
-def test_a_dead_server_is_an_error(server, tmp_path, capsys):
+def test_a_dead_server_is_an_error(server, tmp_path, capsys, caplog):
     server.close()
     assert fetch(tmp_path) == 2
     error = capsys.readouterr().err
-    assert "attempt 4 of 4" in error and "refused" in error and "https_proxy" in error
+    assert "refused" in error and "https_proxy" in error and "attempt 4 of 4" in caplog.text
     assert not list(tmp_path.iterdir())
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from latent_cache import LatentDataset
 from latent_cache.write import build as build_module
 from latent_cache.write.build import build
-from latent_cache.write.folder import FolderLock
+from latent_cache.write.folder import lock_of
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
 from tests.kills import Command, files, later_and_later
@@ -159,7 +159,7 @@ def test_what_killed_processes_left_is_removed_before_the_build_goes_on(settings
 
 def test_a_machine_that_does_not_see_the_folder_is_told_to_share_it(tmp_path):
     with pytest.raises(UserError, match="all machines of a build must share the disk of out="):
-        FolderLock(tmp_path / "elsewhere")
+        lock_of(tmp_path / "elsewhere")
 
 
 def interrupt(*_: object) -> None:

@@ -247,7 +247,7 @@ def test_a_full_disk_is_told(means, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     stream = StreamingLatents(str(means), cache_dir=tmp_path)
-    monkeypatch.setattr(RemoteFolder, "_download", full)
+    monkeypatch.setattr(RemoteFolder, "open", full)
     with pytest.raises(UserError, match=r"no space left in .* for .*\.tar: make room, choose another cache_dir"):
         list(stream)
 
@@ -296,9 +296,9 @@ def test_a_web_server_is_read(means, tmp_path):
 def test_processes_that_share_a_folder_download_each_shard_once(means, tmp_path):
     program = (
         "import sys; from latent_cache import StreamingLatents; from ssdd.engine import remote as fetch\n"
-        "original = fetch.RemoteFolder._download\n"
+        "original = fetch.RemoteFolder.download\n"
         "def download(self, name, *rest): sys.stdout.write(name + chr(10)); original(self, name, *rest)\n"
-        "fetch.RemoteFolder._download = download\n"
+        "fetch.RemoteFolder.download = download\n"
         "assert len(list(StreamingLatents(sys.argv[1], cache_dir=sys.argv[2]))) == 60\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

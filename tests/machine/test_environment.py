@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ssdd.engine import checkpoint, remote
+from ssdd.engine import checkpoint, user_cache
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, write_atomic
 from ssdd.engine.png import save_png
@@ -160,27 +160,27 @@ def without_entry(monkeypatch) -> None:
 
 
 def test_without_a_home_caches_lie_in_a_private_folder_below_tmpdir(without_entry, monkeypatch, tmp_path):
-    monkeypatch.setattr(remote.tempfile, "tempdir", str(tmp_path))
-    assert remote.cache_folder() == tmp_path / f"ssdd-{os.getuid()}"
-    assert stat.S_IMODE(remote.cache_folder().stat().st_mode) == 0o700
+    monkeypatch.setattr(user_cache.tempfile, "tempdir", str(tmp_path))
+    assert user_cache.cache_folder() == tmp_path / f"ssdd-{os.getuid()}"
+    assert stat.S_IMODE(user_cache.cache_folder().stat().st_mode) == 0o700
 
 
 def test_a_home_that_can_not_be_made_is_as_none(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(remote.tempfile, "tempdir", str(tmp_path))
-    assert remote.cache_folder() == tmp_path / f"ssdd-{os.getuid()}"
+    monkeypatch.setattr(user_cache.tempfile, "tempdir", str(tmp_path))
+    assert user_cache.cache_folder() == tmp_path / f"ssdd-{os.getuid()}"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert remote.cache_folder() == tmp_path / "home/.cache/ssdd"
+    assert user_cache.cache_folder() == tmp_path / "home/.cache/ssdd"
 
 
 def test_a_folder_that_somebody_else_put_in_place_of_the_cache_is_refused(without_entry, monkeypatch, tmp_path):
-    monkeypatch.setattr(remote.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(user_cache.tempfile, "tempdir", str(tmp_path))
     (tmp_path / "theirs").mkdir()
     (tmp_path / f"ssdd-{os.getuid()}").symlink_to("theirs")
     with pytest.raises(UserError, match="belongs to another user: set HOME"):
-        remote.cache_folder()
+        user_cache.cache_folder()
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
@@ -204,7 +204,7 @@ def test_files_are_written_beside_their_target_never_in_the_temporary_folder(tmp
     import torch
 
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
-    monkeypatch.setattr(remote.tempfile, "tempdir", None)
+    monkeypatch.setattr(user_cache.tempfile, "tempdir", None)
     renamed: list[tuple[str, str]] = []
     rename, replace = os.rename, os.replace
     monkeypatch.setattr(os, "rename", lambda a, b: (renamed.append((str(a), str(b))), rename(a, b))[1])
