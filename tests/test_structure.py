@@ -20,12 +20,10 @@ SHIPPED = PACKAGES[1:]
 FILE_LINES, FUNCTION_LINES, PAGE_LINES = 350, 150, 130
 PARAMETERS = 7
 WIDE_CONSTRUCTORS = {f"{name}.__init__" for name in (
-    "dit.model.DiT", "ssdd.adapters.autoencoder.AutoencoderSSDD", "ssdd.model.tokenizer.SSDD",
+    "ssdd.adapters.autoencoder.AutoencoderSSDD", "ssdd.model.tokenizer.SSDD",
 )}  # fmt: skip
 """Of networks, whose arguments are what their files record, and of adapters, whose arguments are other projects'."""
-WIDE_STILL = {f"{name}.__init__" for name in (
-    "dit.evaluation.measured_sets.ImageSetFolder", "latent_cache.read.streaming.StreamingLatents",
-)}  # fmt: skip
+WIDE_STILL = {"dit.evaluation.measured_sets.ImageSetFolder.__init__"}
 """To be narrowed: the set only shrinks."""
 TRAINING_PAGES = ("ssdd.tasks.train.run", "dit.tasks.train.run")
 
