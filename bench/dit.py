@@ -15,8 +15,9 @@ from bench.processes import Work, measure_in_turn
 from bench.report import GFLOP, MEMORY, PARAMETERS, RATE, SECONDS, Report, rates, ratio
 from bench.settings import DTYPES, Forms, check_lists, check_positive, form
 from dit.config import DiTConfig
-from dit.model import NAMES, DiT
+from dit.model import DiT
 from dit.objective import step_draws
+from dit.options import NAMES
 from dit.tasks.build import build_objective, loss_weights
 from dit.time_convention import convention
 from ssdd.engine.cli import parse

@@ -18,7 +18,9 @@ from bench.processes import Work, measure_in_turn
 from bench.report import GFLOP, LAYOUT, MEMORY, NETWORK, PARAMETERS, RATE, SECONDS, Report, bench_device, rates, ratio
 from bench.settings import DTYPES, Rounds, check_positive, form
 from dit.config import SamplingConfig
-from dit.model import NAMES, DiT
+from dit.model import DiT
+from dit.options import NAMES
+from dit.samplers import SAMPLERS
 from dit.tasks.sample import draw, sample_labels
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
@@ -122,7 +124,7 @@ def prepare(job: dict[str, Any], device: torch.device) -> Work:
     def sample() -> None:
         drawn.copy_(latents(batch, cfg))
 
-    flop = cfg.steps * count_forward_flop(lambda: latents(1, replace(cfg, steps=1)))
+    flop = SAMPLERS[cfg.sampler].evaluations(cfg.steps) * count_forward_flop(lambda: latents(1, replace(cfg, steps=1)))
     flop += count_forward_flop(lambda: decode(drawn[:1].to(device, dtype)))
     if job["compile"]:
         model.compile(dynamic=False)

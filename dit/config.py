@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dit.foreign_checkpoints import FAMILIES
-from dit.model import NAMES
-from dit.samplers import DIFFUSIONS
-from dit.samplers import NAMES as SAMPLERS
+from dit.options import NAMES, BlockVariants
+from dit.samplers import DIFFUSIONS, SAMPLERS
 from latent_cache.config import adm_images
 from ssdd.engine.ema import EmaConfig
 from ssdd.engine.precision import PRECISIONS
@@ -18,7 +17,7 @@ from ssdd.losses.repa import DINOV2_BASE
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(BlockVariants):
     """The network; latent shape and classes come from the cache."""
 
     name: str = field(default="DiT-S/2", metadata={"choices": NAMES})
@@ -30,27 +29,17 @@ class ModelConfig:
     guided."""
     time_scale: float = 1000.0
     """What t in [0, 1] is multiplied by before the network sees it; only with 1 can SiT's code run it (export_dit)."""
-    qk_norm: bool = False
-    """Normalise queries and keys, which keeps long training in bf16 from diverging."""
-    rms_norm: bool = False
-    """RMSNorm with a learned scale instead of LayerNorm (LightningDiT)."""
-    swiglu: bool = False
-    """Gated MLP of as many parameters (LightningDiT)."""
-    rope: bool = False
-    """Rotary embedding of row and column in the attention, in addition to the position table (LightningDiT)."""
-    wo_shift: bool = False
-    """adaLN without shifts (LightningDiT)."""
     checkpoint: str | None = None
     """train: weights to start from, ours or those of SiT, REPA or LightningDiT: run, folder or file. The other keys
     of `model` must describe that network."""
-    family: str | None = field(default=None, metadata={"choices": tuple(FAMILIES)})
+    family: str | None = field(default=None, metadata={"choices": FAMILIES})
     """Whose code trained that file, if the file does not record it."""
     reset_labels: bool = False
     """Start with a new label table, for a cache whose classes differ from the checkpoint's."""
 
 
 @dataclass
-class LossesConfig:
+class DiTLossesConfig:
     """Weights of the loss terms besides the velocity loss, whose weight is 1; 0 disables a term."""
 
     direction: float = 0.0
@@ -61,7 +50,7 @@ class LossesConfig:
 
 
 @dataclass
-class RepaConfig:
+class DiTRepaConfig:
     """REPA."""
 
     model: str = DINOV2_BASE
@@ -75,15 +64,15 @@ class RepaConfig:
 
 
 @dataclass
-class AuxiliaryConfig:
+class DiTAuxiliaryConfig:
     """Networks of the losses."""
 
-    repa: RepaConfig = field(default_factory=RepaConfig)
+    repa: DiTRepaConfig = field(default_factory=DiTRepaConfig)
     """REPA, where losses.repa is not 0."""
 
 
 @dataclass
-class TrainingConfig(TrainingKeys):
+class DiTTrainingConfig(TrainingKeys):
     """Flow-matching training on a latent cache, with AdamW."""
 
     steps: int = 400_000
@@ -117,7 +106,7 @@ class SamplingConfig:
     checkpoint: str | None = None
     """Checkpoint reference: run, run@last, run@best, folder or weights file (default: run_name). EMA weights. Files of
     DiT, SiT, REPA and LightningDiT (.pt, .safetensors) are read too."""
-    family: str | None = field(default=None, metadata={"choices": tuple(FAMILIES)})
+    family: str | None = field(default=None, metadata={"choices": FAMILIES})
     """Whose code trained such a file, if the file does not record it."""
     ema: float | None = None
     """Which of several averages of a run to use, by its decay in training.ema.decays; null: the first."""
@@ -137,7 +126,7 @@ class SamplingConfig:
     """adaptive: error allowed per step relative to the state, for each sample by itself."""
     atol: float = 1e-5
     """adaptive: absolute error allowed per step."""
-    sde_diffusion: str = field(default="sigma", metadata={"choices": tuple(DIFFUSIONS)})
+    sde_diffusion: str = field(default="sigma", metadata={"choices": DIFFUSIONS})
     """sde: diffusion coefficient w(t); sigma is 2 t (the form of SiT's default), sine is 2 sin^2(pi t)."""
     sde_scale: float = 1.0
     """sde: factor of w(t); 0 gives the ODE."""
@@ -163,7 +152,7 @@ class SamplingConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class DiTEvaluationConfig:
     """gFID and related distances; every decoder decodes the same latents."""
 
     decoders: list[str] = field(default_factory=list)
@@ -240,11 +229,11 @@ class DiTConfig:
     """train: local folder for the shards of a cache at a URL."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: DiTTrainingConfig = field(default_factory=DiTTrainingConfig)
     """Training."""
-    losses: LossesConfig = field(default_factory=LossesConfig)
+    losses: DiTLossesConfig = field(default_factory=DiTLossesConfig)
     """Loss weights."""
-    aux_losses: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
+    aux_losses: DiTAuxiliaryConfig = field(default_factory=DiTAuxiliaryConfig)
     """Networks of the losses."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling."""
@@ -255,5 +244,5 @@ class DiTConfig:
     dataset: DatasetConfig = field(default_factory=adm_images)
     """evaluate: real images to compare with, the train split as reference, the val split as floor and held-out set.
     train: the images of the cache, where losses.repa or training.fidelity_every need them."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: DiTEvaluationConfig = field(default_factory=DiTEvaluationConfig)
     """Evaluation."""

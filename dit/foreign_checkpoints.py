@@ -16,8 +16,8 @@ import json
 import logging
 import math
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,48 @@ import torch
 from torch import Tensor
 
 from dit.layers import sincos_position_table
-from dit.model import SIZES, DiT, read_config
+from dit.model import DiT, read_options
+from dit.options import SIZES, VARIANTS, DiTOptions
+from dit.time_convention import Convention, DDPMConvention, convention
 from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.errors import UserError
-from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.pretrained import read_torch_file
 
 log = logging.getLogger(__name__)
 
-FAMILIES = {"dit": "ddpm", "sit": "sit", "repa": "repa", "lightningdit": "sit"}
-"""Whose code trained a network -> its convention in `dit.time_convention`."""
+Weights = Mapping[str, Tensor]
+Record = Mapping[str, Any]
+"""What a file holds besides weights: arguments, step."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Whose code trained a network: its convention in `dit.time_convention`, and how one of its files is recognised."""
+
+    convention: str
+    recognised: Callable[[Weights, Record], bool]
+
+
+def _names_its_model(prefix: str) -> Callable[[Weights, Record], bool]:
+    return lambda weights, record: str(_arguments(record).get("model", "")).lower().startswith(prefix)
+
+
+def _is_repa(weights: Weights, record: Record) -> bool:
+    return "steps" in record or any(key.startswith("projectors.") for key in weights)
+
+
+def _is_lightningdit(weights: Weights, record: Record) -> bool:
+    modern = any(VARIANTS[name](weights) for name in ("rope", "rms_norm", "swiglu"))
+    return not _is_repa(weights, record) and ("config" in record or modern)
+
+
+FAMILIES = {
+    "dit": Family("ddpm", _names_its_model("dit")),
+    "sit": Family("sit", _names_its_model("sit")),
+    "repa": Family("repa", _is_repa),
+    "lightningdit": Family("sit", _is_lightningdit),
+}
+"""Asked from the last to the first, since REPA's files name SiT's models."""
 
 LAYOUTS = ("dit", "sit")
 
@@ -66,23 +98,22 @@ def load_dit(
     path = Path(path)
     if family is not None and family not in FAMILIES:
         raise UserError(f"family={family!r}: expected one of {', '.join(FAMILIES)}")
-    if (config := read_config(path)) is not None:
+    if (options := read_options(path)) is not None:
         if family is not None:
             raise UserError(f"{path} is a file of this project, which records its convention; leave out {family=}")
-        _check_wanted(config, path, in_channels, num_classes)
-        return DiT.from_weights(config, load_tensors(path), path, input_size)
+        _check_wanted(options, path, in_channels, num_classes)
+        return DiT.from_weights(options, load_tensors(path), path, input_size)
     weights, record = _read_checkpoint(path)
     if projectors := [key for key in weights if key.startswith("projectors.")]:
         log.warning("%s: ignored REPA's %d projector tensors, which only its training uses", path, len(projectors))
     family = family or _family(weights, record, path)
     _check_path(record, family, path)
     weights = {key: value for key, value in weights.items() if not key.startswith("projectors.")}
-    config = _architecture(weights, path, heads, input_size, num_classes)
-    _check_wanted(config, path, in_channels, num_classes)
-    config |= {"convention": FAMILIES[family], "time_scale": 1.0}
+    options = _options(weights, FAMILIES[family], path, heads, input_size, num_classes)
+    _check_wanted(options, path, in_channels, num_classes)
     # A copy, for torch files are mapped and might be replaced by their trainer.
     weights = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
-    return DiT.from_weights(config, weights, path, input_size)
+    return DiT.from_weights(options, weights, path, input_size)
 
 
 def export_dit(model: DiT, path: str | Path, layout: str = "dit") -> Path:
@@ -106,30 +137,24 @@ def export_dit(model: DiT, path: str | Path, layout: str = "dit") -> Path:
         raise UserError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: the export is a safetensors file; give a name that ends in .safetensors")
-    weights, config = dict(model.state_dict()), dict(model.config)
+    weights, options = dict(model.state_dict()), model.options
     if layout == "sit":
-        weights, config = _as_sit(weights, config)
-    name, scale = config["convention"], config["time_scale"]
-    meaning = {
-        "flow": f"time {scale:g} t with t=0 data, t=1 noise; predicts data - noise in the first C channels",
-        "sit": f"time {scale:g} t with t=0 noise, t=1 data; predicts data - noise in the first C channels",
-        "repa": f"time {scale:g} t with t=0 data, t=1 noise; predicts noise - data in the first C channels",
-        "ddpm": "steps 0..999 of the linear DDPM schedule; predicts noise in the first C channels",
-    }[name]
-    save_tensors(path, weights, {"dit": json.dumps(config), "layout": layout, "convention": meaning})
+        weights, options = _as_sit(weights, model.convention), replace(options, convention="sit")
+    meaning = convention(options.convention, options.time_scale).meaning
+    save_tensors(path, weights, {"dit": json.dumps(options.to_dict()), "layout": layout, "convention": meaning})
     return path
 
 
-def _as_sit(weights: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and config that compute the same velocity under SiT's convention."""
-    if config["convention"] == "ddpm":
+def _as_sit(weights: dict[str, Tensor], own: Convention) -> dict[str, Tensor]:
+    """Weights that compute the same velocity under SiT's convention as these do under their `own`."""
+    if isinstance(own, DDPMConvention):
         raise UserError('a noise predictor is not a velocity field of SiT\'s path; export it with layout="dit"')
-    if config["time_scale"] != 1:
+    if own.time_scale != 1:
         raise UserError(
-            f"SiT feeds its network t in [0, 1], and this one was trained on {config['time_scale']:g} t: the "
+            f"SiT feeds its network t in [0, 1], and this one was trained on {own.time_scale:g} t: the "
             'weights cannot be converted. Train with model.time_scale=1, or export with layout="dit"'
         )
-    if config["convention"] in ("flow", "repa"):
+    if not own.time_reversed:
         first = weights["t_embedder.mlp.0.weight"].double()
         cosines, sines = first.chunk(2, dim=1)  # [h, 128] each, by frequency
         half = cosines.shape[1]
@@ -144,29 +169,19 @@ def _as_sit(weights: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[st
             dim=1,
         )
         weights["t_embedder.mlp.0.weight"] = rotated.to(weights["t_embedder.mlp.0.weight"].dtype)
-    if config["convention"] == "repa":
+    if own.sign < 0:
         for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
             weights[key] = -weights[key]
-    return weights, config | {"convention": "sit"}
+    return weights
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The (averaged) weights under their plain names, and what else the file records."""
-    check_regular(path)
     if path.suffix == ".safetensors":
         content: Any = load_tensors(path)
     else:
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = read_torch_file(path, mmap=zipfile.is_zipfile(path))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except Exception as error:  # unpickling raises almost anything on a damaged or unsafe file
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"{path} is damaged, or holds more than tensors and recorded arguments, and such files may run code "
-                f"({type(error).__name__}: {reason}). Save its state dict alone where you trust it, as safetensors"
-            ) from None
+        expected = "a checkpoint of tensors and recorded arguments"
+        content = read_torch_file(path, expected, classes=[argparse.Namespace], mmap=True)
     record: dict[str, Any] = {}
     if isinstance(content, dict):
         name = next((name for name in ("ema", "model", "state_dict") if isinstance(content.get(name), dict)), None)
@@ -178,7 +193,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in content.items()}, record
 
 
-def _arguments(record: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(record: Record) -> dict[str, Any]:
     """The recorded settings: DiT's, SiT's and REPA's Namespace, or the transport section of LightningDiT's config."""
     if isinstance(record.get("args"), argparse.Namespace):
         return vars(record["args"])
@@ -186,26 +201,21 @@ def _arguments(record: Mapping[str, Any]) -> dict[str, Any]:
     return transport if isinstance(transport, dict) else {}
 
 
-def _family(weights: Mapping[str, Tensor], record: Mapping[str, Any], path: Path) -> str:
-    if "steps" in record or any(key.startswith("projectors.") for key in weights):
-        return "repa"
-    modern = ("feat_rope.freqs_cos", "blocks.0.norm1.weight", "blocks.0.mlp.w12.weight")
-    if "config" in record or any(key in weights for key in modern):
-        return "lightningdit"
-    model = str(_arguments(record).get("model", ""))
-    for family in ("dit", "sit"):
-        if model.lower().startswith(family):
-            return family
+def _family(weights: Weights, record: Record, path: Path) -> str:
+    for name, family in reversed(FAMILIES.items()):
+        if family.recognised(weights, record):
+            return name
+    *names, last = FAMILIES
     raise UserError(
         f"{path} may be a noise predictor or a velocity field: the tensors of DiT, SiT and REPA have the same names, "
-        "and the file records no arguments. Name the code that trained it: family=dit, sit, repa or lightningdit "
+        f"and the file records no arguments. Name the code that trained it: family={', '.join(names)} or {last} "
         "(task=sample: sampling.family=...)"
     )
 
 
-def _check_path(record: Mapping[str, Any], family: str, path: Path) -> None:
+def _check_path(record: Record, family: str, path: Path) -> None:
     """UserError when the recorded settings are not a velocity along the straight path."""
-    if family == "dit":
+    if FAMILIES[family].convention == "ddpm":
         return
     arguments = _arguments(record)
     for key, known in (("path_type", ("linear",)), ("prediction", ("velocity", "v"))):
@@ -213,14 +223,15 @@ def _check_path(record: Mapping[str, Any], family: str, path: Path) -> None:
             raise UserError(f"{path} was trained with {key}={value}; only {key}={known[0]} can be read")
 
 
-def _architecture(
-    weights: Mapping[str, Tensor],
+def _options(
+    weights: Weights,
+    family: Family,
     path: Path,
     heads: int | None,
     input_size: int | tuple[int, int] | None,
     num_classes: int | None,
-) -> dict[str, Any]:
-    """The constructor's arguments, but for convention and time_scale, from names and shapes."""
+) -> DiTOptions:
+    """The options of a network of times in [0, 1], or of DDPM's steps, from names and shapes."""
     needed = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight")
     needed += ("final_layer.linear.weight", "blocks.0.adaLN_modulation.1.weight")
     if missing := [key for key in needed if key not in weights]:
@@ -243,23 +254,21 @@ def _architecture(
             "heads cannot be inferred from the weights; give load_dit(..., heads=N)"
         )
     rows = len(weights["y_embedder.embedding_table.weight"])
-    return {
-        "name": f"DiT-{size}/{patch}" if size is not None and heads == known_heads else None,
-        "depth": depth,
-        "width": width,
-        "heads": heads,
-        "patch_size": patch,
-        "input_size": [side * patch for side in _grid(weights["pos_embed"], patch, path, input_size)],
-        "in_channels": channels,
-        "num_classes": rows if rows == num_classes else rows - 1,
-        "null_class": rows != num_classes,
-        "learn_sigma": outputs == 2 * channels,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
-        "rms_norm": "blocks.0.norm1.weight" in weights,
-        "swiglu": "blocks.0.mlp.w12.weight" in weights,
-        "rope": "feat_rope.freqs_cos" in weights,
-        "wo_shift": len(weights["blocks.0.adaLN_modulation.1.weight"]) == 4 * width,
-    }
+    return DiTOptions(
+        name=f"DiT-{size}/{patch}" if size is not None and heads == known_heads else None,
+        depth=depth,
+        width=width,
+        heads=heads,
+        patch_size=patch,
+        input_size=tuple(side * patch for side in _grid(weights["pos_embed"], patch, path, input_size)),
+        in_channels=channels,
+        num_classes=rows if rows == num_classes else rows - 1,
+        null_class=rows != num_classes,
+        learn_sigma=outputs == 2 * channels,
+        time_scale=1.0,
+        convention=family.convention,
+        **{name: shown(weights) for name, shown in VARIANTS.items()},
+    )
 
 
 def _grid(table: Tensor, patch: int, path: Path, input_size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -283,14 +292,14 @@ def _grid(table: Tensor, patch: int, path: Path, input_size: int | tuple[int, in
     return grids[0]
 
 
-def _check_wanted(config: Mapping[str, Any], path: Path, in_channels: int | None, num_classes: int | None) -> None:
-    if in_channels is not None and config["in_channels"] != in_channels:
+def _check_wanted(options: DiTOptions, path: Path, in_channels: int | None, num_classes: int | None) -> None:
+    if in_channels is not None and options.in_channels != in_channels:
         raise UserError(
-            f"{path} is for latents of {config['in_channels']} channels, not {in_channels}: use the tokenizer it was "
-            f"trained with (in_channels={config['in_channels']}), or another checkpoint"
+            f"{path} is for latents of {options.in_channels} channels, not {in_channels}: use the tokenizer it was "
+            f"trained with (in_channels={options.in_channels}), or another checkpoint"
         )
-    if num_classes is not None and config["num_classes"] != num_classes:
+    if num_classes is not None and options.num_classes != num_classes:
         raise UserError(
-            f"{path} has {config['num_classes']} classes, not {num_classes}: sample it with its own "
-            f"(num_classes={config['num_classes']}), or train another label table (model.reset_labels=true)"
+            f"{path} has {options.num_classes} classes, not {num_classes}: sample it with its own "
+            f"(num_classes={options.num_classes}), or train another label table (model.reset_labels=true)"
         )

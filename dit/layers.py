@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dit.options import BlockVariants
+
 
 def sincos_position_table(height: int, width: int, dim: int) -> Tensor:
     """Fixed 2-D sine-cosine position table, float32 [1, height * width, dim], tokens row by row.
@@ -213,26 +215,18 @@ class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT section 3.2).
 
     `swiglu` replaces the MLP of width 4h by a gated one of as many parameters, int(2/3 4h) wide. `wo_shift` omits the
-    shifts of adaLN: its linear layer gives scale, gate (attention), scale, gate (MLP).
+    shifts of adaLN: its linear layer gives scale, gate (attention), scale, gate (MLP). variants: of `BlockVariants`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        qk_norm: bool = False,
-        rms_norm: bool = False,
-        swiglu: bool = False,
-        wo_shift: bool = False,
-    ) -> None:
+    def __init__(self, width: int, heads: int, **variants: bool) -> None:
         super().__init__()
-        self.wo_shift = wo_shift
-        self.norm1 = token_norm(width, rms_norm)
-        self.attn = Attention(width, heads, qk_norm, rms_norm)
-        self.norm2 = token_norm(width, rms_norm)
-        self.mlp = SwiGLU(width, int(2 / 3 * (4 * width))) if swiglu else Mlp(width, 4 * width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if wo_shift else 6) * width))
+        on = BlockVariants(**variants)
+        self.wo_shift = on.wo_shift
+        self.norm1 = token_norm(width, on.rms_norm)
+        self.attn = Attention(width, heads, on.qk_norm, on.rms_norm)
+        self.norm2 = token_norm(width, on.rms_norm)
+        self.mlp = SwiGLU(width, int(2 / 3 * (4 * width))) if on.swiglu else Mlp(width, 4 * width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if on.wo_shift else 6) * width))
 
     def forward(self, x: Tensor, c: Tensor, rotary: RotaryEmbedding | None = None) -> Tensor:
         modulation = self.adaLN_modulation(c)

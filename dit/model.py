@@ -9,6 +9,7 @@ ours); the integrator uses its `convention`. Label dropout is left to the traine
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,111 +28,45 @@ from dit.layers import (
     resize_positions,
     sincos_position_table,
 )
-from dit.time_convention import NAMES as CONVENTIONS
-from dit.time_convention import convention as convention_named
+from dit.options import DiTOptions, size_named
+from dit.time_convention import convention
 from ssdd.engine.checkpoint import load_tensors, resolve, save_tensors
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.recompute import run_block
 
-# name: (depth, width, heads). S to XL are the paper's (table 1), 1p0B and 1p6B LightningDiT's (1.0 and 1.6 billion
-# parameters); XXS and XS are additions, for digits on a laptop.
-SIZES = {
-    "XXS": (4, 128, 2),
-    "XS": (6, 192, 3),
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-    "1p0B": (24, 1536, 24),
-    "1p6B": (28, 1792, 28),
-}
-PATCH_SIZES = (1, 2, 4, 8)
-NAMES = tuple(f"DiT-{size}/{patch}" for size in SIZES for patch in PATCH_SIZES)
-
 
 class DiT(nn.Module):
     """Diffusion transformer on latents [B, C, H, W].
 
-    `input_size` is the latent's side or (height, width) and divides by the patch size. With `learn_sigma` the output
-    has 2 C channels, of which a flow model uses the first C. `null_class` adds a row `num_classes` to the label table
-    for unconditional prediction. `config` holds the constructor's arguments, as JSON values.
-
-    Options, off in DiT: `qk_norm` (normalised queries and keys, against divergence in bfloat16), `rms_norm`, `swiglu`
-    and `rope` (LightningDiT has these three on; the additive position table stays beside `rope`), `wo_shift` (adaLN
-    without shifts). `convention` says what times and outputs mean, `time_scale` what t in [0, 1] is multiplied by.
+    Made of `DiTOptions`, or of their fields as keywords; `config` has them as JSON values.
     """
 
     recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
 
-    def __init__(
-        self,
-        *,
-        depth: int,
-        width: int,
-        heads: int,
-        patch_size: int,
-        input_size: int | tuple[int, int] = 32,
-        in_channels: int = 4,
-        num_classes: int = 1000,
-        learn_sigma: bool = True,
-        null_class: bool = True,
-        time_scale: float = 1000.0,
-        convention: str = "flow",
-        qk_norm: bool = False,
-        rms_norm: bool = False,
-        swiglu: bool = False,
-        rope: bool = False,
-        wo_shift: bool = False,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, options: DiTOptions | None = None, **fields: Any) -> None:
         super().__init__()
-        height, breadth = (input_size, input_size) if isinstance(input_size, int) else (int(s) for s in input_size)
-        if height % patch_size or breadth % patch_size:
-            raise UserError(
-                f"{name or 'DiT'}: a latent of {height}x{breadth} does not divide into patches of {patch_size}; "
-                f"choose a model whose patch size divides it (the number after the slash: {PATCH_SIZES})"
-            )
-        if width % heads or width % 4:
-            raise UserError(f"{name or 'DiT'}: width {width} must divide by its {heads} heads and by 4")
-        if rope and width // heads % 4:
-            raise UserError(f"{name or 'DiT'}: rope needs {width} / {heads} channels per head to divide by 4")
-        if convention not in CONVENTIONS:
-            raise UserError(f"{name or 'DiT'}: convention={convention!r}: expected one of {', '.join(CONVENTIONS)}")
-        self.config = {
-            "name": name,
-            "depth": depth,
-            "width": width,
-            "heads": heads,
-            "patch_size": patch_size,
-            "input_size": [height, breadth],
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "learn_sigma": learn_sigma,
-            "null_class": null_class,
-            "time_scale": float(time_scale),
-            "convention": convention,
-            "qk_norm": qk_norm,
-            "rms_norm": rms_norm,
-            "swiglu": swiglu,
-            "rope": rope,
-            "wo_shift": wo_shift,
-        }
-        self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
-        self.learn_sigma, self.null_class, self.time_scale = learn_sigma, null_class, float(time_scale)
-        self.convention = convention_named(convention, self.time_scale)
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.grid = (height // patch_size, breadth // patch_size)
+        self.options = options = options or DiTOptions(**fields)
+        self.in_channels, self.learn_sigma = options.in_channels, options.learn_sigma
+        self.num_classes, self.null_class = options.num_classes, options.null_class
+        self.time_scale, self.convention = options.time_scale, convention(options.convention, options.time_scale)
+        self.grid, self.patch_size = options.grid, options.patch_size
+        self.out_channels = 2 * self.in_channels if self.learn_sigma else self.in_channels
+        width, heads = options.width, options.heads
 
-        self.x_embedder = PatchEmbed(in_channels, width, patch_size)
+        self.x_embedder = PatchEmbed(options.in_channels, width, self.patch_size)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(num_classes + null_class, width)
+        self.y_embedder = LabelEmbedder(options.num_classes + options.null_class, width)
         self.pos_embed = nn.Parameter(sincos_position_table(*self.grid, width), requires_grad=False)
-        self.feat_rope = RotaryEmbedding(self.grid, width // heads) if rope else None
-        options = {"qk_norm": qk_norm, "rms_norm": rms_norm, "swiglu": swiglu, "wo_shift": wo_shift}
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, **options) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch_size, self.out_channels, rms_norm)
+        self.feat_rope = RotaryEmbedding(self.grid, width // heads) if options.rope else None
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, **options.variants()) for _ in range(options.depth))
+        self.final_layer = FinalLayer(width, self.patch_size, self.out_channels, options.rms_norm)
         self.initialise()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options as JSON values: keywords of the constructor."""
+        return self.options.to_dict()
 
     def initialise(self) -> None:
         """Draw fresh weights from torch's global generator; a fresh network's output is exactly zero (adaLN-Zero)."""
@@ -197,24 +132,10 @@ class DiT(nn.Module):
     ) -> DiT:
         """A freshly initialised model of a named size, e.g. "DiT-XL/2"; UserError lists the names there are.
 
-        `options` are further arguments of the constructor, such as null_class, time_scale or rope.
+        `options` are further fields of `DiTOptions`, such as null_class, time_scale or rope.
         """
-        if name not in NAMES:
-            raise UserError(f"model.name={name!r} is not a DiT; choose one of {', '.join(NAMES)}")
-        size, patch = name.removeprefix("DiT-").split("/")
-        depth, width, heads = SIZES[size]
-        return cls(
-            depth=depth,
-            width=width,
-            heads=heads,
-            patch_size=int(patch),
-            input_size=input_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            name=name,
-            **options,
-        )
+        options |= {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes}
+        return cls(**size_named(name), learn_sigma=learn_sigma, **options)
 
     def metadata(self) -> dict[str, str]:
         """What a safetensors file of these weights carries, so that `from_pretrained` can rebuild the network."""
@@ -238,30 +159,30 @@ class DiT(nn.Module):
         UserError when there is no such file, it carries no DiT config, or its weights are not those of its config.
         """
         file = resolve(str(reference), ckpt_dir)
-        config = read_config(file)
-        if config is None:
+        options = read_options(file)
+        if options is None:
             raise UserError(
                 f"{file} has no DiT config in its metadata: this project's DiT trainer did not write it. Checkpoints "
                 "of DiT, SiT, REPA and LightningDiT are read by dit.foreign_checkpoints.load_dit, and by task=sample"
             )
-        return cls.from_weights(config, load_tensors(file), file, input_size)
+        return cls.from_weights(options, load_tensors(file), file, input_size)
 
     @classmethod
     def from_weights(
         cls,
-        config: dict[str, Any],
+        options: DiTOptions,
         weights: dict[str, Tensor],
         source: str | Path,
         input_size: int | tuple[int, int] | None = None,
     ) -> DiT:
-        """A model of the constructor's arguments `config` that holds `weights`, in eval mode; see `from_pretrained`.
+        """A model of these options that holds `weights`, in eval mode; see `from_pretrained`.
 
-        UserError, naming `source`, when the weights are not those of the config.
+        UserError, naming `source`, when the weights are not those of the options.
         """
         with torch.device("meta"):
-            model = trained = cls(**config)
+            model = trained = cls(options)
             if input_size is not None:
-                model = cls(**{**config, "input_size": input_size})
+                model = cls(replace(options, input_size=input_size))
         # Averaged weights are without buffers, and those of another grid don't fit: both take the computed ones.
         rotary = {key: value for key, value in model.state_dict().items() if key.startswith("feat_rope.")}
         if model.grid == trained.grid:
@@ -277,8 +198,8 @@ class DiT(nn.Module):
         return model.eval()
 
 
-def read_config(file: Path) -> dict[str, Any] | None:
-    """The constructor's arguments in the metadata of a safetensors file of ours, None in any other weights file."""
+def read_options(file: Path) -> DiTOptions | None:
+    """The options in the metadata of a safetensors file of ours, None in any other weights file."""
     if file.suffix != ".safetensors":
         return None
     check_regular(file)
@@ -287,4 +208,4 @@ def read_config(file: Path) -> dict[str, Any] | None:
             config = (handle.metadata() or {}).get("dit")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file ({error}); copy or train it again") from None
-    return None if config is None else json.loads(config)
+    return None if config is None else DiTOptions(**json.loads(config))

@@ -20,18 +20,18 @@ from ssdd.model.flow import interpolate, logit_normal_t, shift_time, uniform_t, 
 
 
 @dataclass
-class Draws:
+class LatentDraws:
     """The random numbers of one step, for the whole global batch of B latents."""
 
     t: Tensor  # float32 [B] in [0, 1]
     eps: Tensor  # float32 [B, C, h, w]
     drop: Tensor  # bool [B], labels to replace by the null class
 
-    def rows(self, part: slice) -> Draws:
-        return Draws(self.t[part], self.eps[part], self.drop[part])
+    def rows(self, part: slice) -> LatentDraws:
+        return LatentDraws(self.t[part], self.eps[part], self.drop[part])
 
 
-def step_draws(cfg: DiTConfig, step: int, shape: tuple[int, ...], device: torch.device) -> Draws:
+def step_draws(cfg: DiTConfig, step: int, shape: tuple[int, ...], device: torch.device) -> LatentDraws:
     """The draws of step `step` for latents [B, C, h, w]; a function of the seed and the step alone."""
     generator = batch_generator(device, cfg.seed, "dit.train", step)
     training, batch = cfg.training, shape[0]
@@ -41,10 +41,10 @@ def step_draws(cfg: DiTConfig, step: int, shape: tuple[int, ...], device: torch.
         t = logit_normal_t(batch, generator, training.t_mean, training.t_std)
     eps = torch.randn(shape, generator=generator, device=device)
     drop = torch.rand(batch, generator=generator, device=device) < cfg.model.class_dropout
-    return Draws(shift_time(t, training.t_shift), eps, drop)
+    return LatentDraws(shift_time(t, training.t_shift), eps, drop)
 
 
-class FlowObjective(nn.Module):
+class LatentObjective(nn.Module):
     """Flow matching of `network`, in the convention that it has.
 
     direction: also the direction of the velocity (LightningDiT). repa: tokens after the first `repa_blocks` blocks are
@@ -57,7 +57,7 @@ class FlowObjective(nn.Module):
         self.repa_blocks = None if repa is None else repa_blocks
         self.terms = ["velocity", *["direction"] * direction, *["repa"] * (repa is not None)]
 
-    def forward(self, z: Tensor, y: Tensor, draws: Draws, images: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, z: Tensor, y: Tensor, draws: LatentDraws, images: Tensor | None = None) -> dict[str, Tensor]:
         """Unweighted loss terms, float32 scalars, of normalised latents z [B, C, h, w] and labels y [B].
 
         images: what the latents were encoded from, float32 [B, 3, H, W] in [-1, 1], for REPA.

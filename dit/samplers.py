@@ -4,21 +4,24 @@
 of the host, x [B, ...] the state at grid[0]; the result is the state at grid[-1] in float32. `callback(i, x)` sees the
 state after step i of the grid. No solver but `adaptive` waits for the device. A grid may be cut at any of its points
 and solved piece by piece with the same result, which is how guidance is switched on and off (dit/guidance.py).
+`SAMPLERS` lists them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit.guidance import interval_grid
 from ssdd.engine.errors import UserError
-from ssdd.model.flow import Callback, Velocity, expand_time, predict_noise, step_lengths, time_grid
-
-NAMES = ("euler", "heun", "adaptive", "sde")  # euler is ssdd.model.flow's
+from ssdd.model.flow import Callback, Velocity, euler, expand_time, predict_noise, step_lengths, time_grid
 
 DIFFUSIONS = {
     "sigma": lambda t: 2 * t,
@@ -165,3 +168,41 @@ def _dormand_prince(
 def _combine(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     """Sum of weights times slopes, leaving out zeros."""
     return sum(weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver with its grid, both set by the keys of `sampling`, the argument `cfg` here.
+
+    evaluations: of the velocity in a grid of so many steps; None where the solver takes as many as it needs.
+    grid: falling times from 1 to 0. options: keyword of `solve` -> key of `sampling`. noise: `solve` has the keyword
+    `noise`, standard normal tensors of x's shape, as many as it asks for.
+    """
+
+    solve: Callable[..., Tensor]
+    evaluations: Callable[[int], int] | None
+    grid: Callable[[Any], list[float]] = lambda cfg: time_grid(cfg.steps, power=1.0, shift=cfg.shift)
+    options: Mapping[str, str] = field(default_factory=dict)
+    noise: bool = False
+
+    def solver(self, cfg: Any, noise: Iterator[Tensor]) -> Callable[[Velocity, Tensor, Sequence[float]], Tensor]:
+        """`solve` with its options: (velocity, x, grid) -> x."""
+        options = {keyword: getattr(cfg, key) for keyword, key in self.options.items()}
+        return partial(self.solve, **options, **({"noise": noise} if self.noise else {}))
+
+
+SAMPLERS = {
+    "euler": Sampler(euler, lambda steps: steps),
+    "heun": Sampler(heun, lambda steps: 2 * steps - 1),
+    "adaptive": Sampler(
+        adaptive, None, lambda cfg: interval_grid(tuple(cfg.cfg_interval)), {"rtol": "rtol", "atol": "atol"}
+    ),
+    "sde": Sampler(
+        sde,
+        lambda steps: steps,
+        lambda cfg: sde_grid(cfg.steps, cfg.shift, cfg.sde_last_step),
+        {"diffusion": "sde_diffusion", "scale": "sde_scale"},
+        noise=True,
+    ),
+}
+"""The values of `sampling.sampler`."""

@@ -2,28 +2,20 @@
 
 Ours is v = x - eps at x_t = (1 - t) x + t eps, with t = 1 the noise. A network stays as raw as in its file;
 samplers feed it `inputs(x_t, t)` and convert its output into v by `velocity(out, x_t, t)`. Guidance is the same before
-and after: v is an affine function of the output.
-
-| name | of | network sees | and predicts |
-|---|---|---|---|
-| `flow` | this project | x_t, time_scale t | x - eps |
-| `sit` | SiT, LightningDiT | x_t, 1 - t (their 0 is noise, their velocity is dx/d(1 - t), so ours) | x - eps |
-| `repa` | REPA, REPA-E | x_t, t | eps - x |
-| `ddpm` | DiT | the variance-preserving state of the same signal-to-noise ratio, its step 0..999 | eps |
+and after: v is an affine function of the output. `CONVENTIONS` lists them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssdd.model.flow import expand_time
-
-NAMES = ("flow", "sit", "repa", "ddpm")
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,13 @@ class FlowConvention:
         """Our velocity at (x_t, t) from the network's first C channels `out`, of x_t's shape."""
         return out if self.sign == 1 else -out
 
+    @property
+    def meaning(self) -> str:
+        """Time and output in words, for the metadata of exported files."""
+        ends = "t=0 noise, t=1 data" if self.time_reversed else "t=0 data, t=1 noise"
+        output = "data - noise" if self.sign == 1 else "noise - data"
+        return f"time {self.time_scale:g} t with {ends}; predicts {output} in the first C channels"
+
 
 @dataclass(frozen=True)
 class DDPMConvention:
@@ -54,6 +53,8 @@ class DDPMConvention:
     there, as samplers of these models also do when they start from pure noise. Uniform grids in k resemble our time
     grid with shift 3.4.
     """
+
+    meaning = "steps 0..999 of the linear DDPM schedule; predicts noise in the first C channels"
 
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Input and time (0..999, not rounded) of the network at x_t [B, ...] and t, a scalar or [B] in [0, 1]."""
@@ -74,15 +75,18 @@ class DDPMConvention:
 
 Convention = FlowConvention | DDPMConvention
 
+CONVENTIONS: dict[str, Callable[[float], Convention]] = {
+    "flow": FlowConvention,  # this project's: time_scale t, x - eps
+    "sit": partial(FlowConvention, time_reversed=True),  # SiT, LightningDiT: 1 - t; their dx/d(1 - t) is ours
+    "repa": partial(FlowConvention, sign=-1),  # REPA, REPA-E: t, eps - x
+    "ddpm": lambda time_scale: DDPMConvention(),  # DiT: a step of the same signal-to-noise ratio, eps
+}
+"""Name -> the convention of networks that see `time_scale` t."""
+
 
 def convention(name: str, time_scale: float) -> Convention:
-    """The convention of a name in `NAMES`; `time_scale` multiplies the times of a flow network."""
-    return {
-        "flow": FlowConvention(time_scale),
-        "sit": FlowConvention(time_scale, time_reversed=True),
-        "repa": FlowConvention(time_scale, sign=-1),
-        "ddpm": DDPMConvention(),
-    }[name]
+    """The convention of a name in `CONVENTIONS`; `time_scale` multiplies the times of a flow network."""
+    return CONVENTIONS[name](time_scale)
 
 
 @cache

@@ -162,11 +162,12 @@ def planned_steps(arguments: list[str], seconds: float) -> int:
     """Training steps that take about `seconds` with one thread, measured."""
     import torch
 
-    from ssdd.tasks.dry_run import dry_run
+    from ssdd.tasks.train import run as train
 
     torch.set_num_threads(1)
-    cfg = parse(SSDDConfig, [*arguments, "training.steps=1"], program="ssdd", description="")
-    return max(1, round(seconds / dry_run(cfg)["seconds_a_step"]))
+    keys = ["run_name=dry_run", "training.steps=1", "dry_run=true"]
+    cfg = parse(SSDDConfig, [*arguments, *keys], program="ssdd", description="")
+    return max(1, round(seconds / train(cfg)["seconds_a_step"]))
 
 
 def evaluate(cfg: EvidenceConfig, seed: int, folder: Path, data: list[str]) -> dict[str, Any]:

@@ -16,6 +16,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from tests.small_tokenizer import config, tokenizer
+
+__all__ = ["config", "tokenizer"]  # fixtures of many folders
+
 torch.set_num_threads(1)  # tests compare bits: the order of a sum must not depend on the machine
 
 CACHE = tempfile.TemporaryDirectory(prefix="ssdd-tests-")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit.config import DiTConfig, EvaluationConfig
+from dit.config import DiTConfig, DiTEvaluationConfig
 from dit.evaluation.generation_gap import KERNEL, Gap
 from dit.evaluation.latent_sets import SampleSet, decoded, generator_of, images_behind, open_samples, request_of
 from dit.evaluation.measured_sets import Export, ImageSetFolder, MadeImages, Measuring
@@ -161,7 +161,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     return result
 
 
-def _check(options: EvaluationConfig) -> None:
+def _check(options: DiTEvaluationConfig) -> None:
     """UserError for invalid numbers, before anything is loaded."""
     if min(options.kept_features, options.sweep_n, options.resamples) < 2 or options.batch_size < 1:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from dit.config import DiTConfig
 from dit.foreign_checkpoints import load_dit
 from dit.model import DiT
-from dit.objective import FlowObjective, step_draws
+from dit.objective import LatentObjective, step_draws
 from latent_cache import LatentDataset, StreamingLatents
 from ssdd.engine.checkpoint import resolve
 from ssdd.engine.errors import UserError
@@ -52,9 +53,10 @@ def build_network(cfg: DiTConfig, cache: Cache) -> DiT:
 
 
 def architecture(cfg: DiTConfig) -> dict[str, Any]:
-    """The options of the network that the keys of `model` stand for, as arguments of `DiT`."""
-    keys = ("learn_sigma", "time_scale", "qk_norm", "rms_norm", "swiglu", "rope", "wo_shift")
-    return {"null_class": cfg.model.class_dropout > 0} | {key: getattr(cfg.model, key) for key in keys}
+    """The options of the network that the keys of `model` stand for, as fields of `DiTOptions`."""
+    model = cfg.model
+    shared = {"learn_sigma": model.learn_sigma, "time_scale": model.time_scale, **model.variants()}
+    return {"null_class": model.class_dropout > 0} | shared
 
 
 def pretrained_network(cfg: DiTConfig, cache: Cache) -> DiT:
@@ -66,13 +68,13 @@ def pretrained_network(cfg: DiTConfig, cache: Cache) -> DiT:
     file = resolve(cfg.model.checkpoint, cfg.ckpt_dir)
     classes = None if cfg.model.reset_labels else cache.num_classes
     network = load_dit(file, cfg.model.family, input_size=(height, width), in_channels=channels, num_classes=classes)
-    if network.config["convention"] == "ddpm":
+    if network.options.convention == "ddpm":
         raise UserError(f"model.checkpoint={file} predicts noise (DiT); only velocity fields can be trained on")
     wanted = {"name": cfg.model.name, **architecture(cfg)}
     if cfg.model.reset_labels:
         labels = {"num_classes": cache.num_classes, "null_class": wanted["null_class"]}
         weights = {key: value for key, value in network.state_dict().items() if not key.startswith("y_embedder.")}
-        network = DiT(**{**network.config, **labels})
+        network = DiT(replace(network.options, **labels))
         network.load_state_dict(weights, strict=False)
     found = {key: value for key, value in network.config.items() if value is not None}  # a foreign size has no name
     differing = [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]
@@ -84,7 +86,7 @@ def pretrained_network(cfg: DiTConfig, cache: Cache) -> DiT:
     return network.float()  # files may be in half precision, which small updates vanish in
 
 
-def build_objective(cfg: DiTConfig, network: DiT) -> FlowObjective:
+def build_objective(cfg: DiTConfig, network: DiT) -> LatentObjective:
     """Flow matching with the losses that have a weight. UserError if REPA's weights or its block do not exist."""
     repa, options = None, cfg.aux_losses.repa
     if cfg.losses.repa:
@@ -94,7 +96,7 @@ def build_objective(cfg: DiTConfig, network: DiT) -> FlowObjective:
         channels = network.pos_embed.shape[-1]
         teacher = PatchTokens(options.model, network.grid)
         repa = RepaLoss(channels, teacher, options.n_layers, options.hidden)
-    return FlowObjective(network, cfg.losses.direction != 0, repa, options.i_extract)
+    return LatentObjective(network, cfg.losses.direction != 0, repa, options.i_extract)
 
 
 def loss_weights(cfg: DiTConfig) -> dict[str, float]:
@@ -102,7 +104,7 @@ def loss_weights(cfg: DiTConfig) -> dict[str, float]:
     return {"velocity": 1.0, **vars(cfg.losses)}
 
 
-def flop_per_latent(cfg: DiTConfig, objective: FlowObjective, cache: Cache, precision: Precision) -> int:
+def flop_per_latent(cfg: DiTConfig, objective: LatentObjective, cache: Cache, precision: Precision) -> int:
     """FLOP of one training latent, forward and backward, on REPA's network too."""
     z = torch.zeros(1, *cache.latent_shape, device=precision.device)
     y, draws = torch.zeros(1, dtype=torch.int64, device=z.device), step_draws(cfg, 0, tuple(z.shape), z.device)

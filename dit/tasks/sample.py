@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +22,9 @@ from torch import Tensor
 
 from dit.config import DiTConfig, SamplingConfig
 from dit.foreign_checkpoints import load_dit
-from dit.guidance import guided_velocity, interval_grid, split_by_interval
+from dit.guidance import guided_velocity, split_by_interval
 from dit.model import DiT
-from dit.samplers import adaptive, heun, sde, sde_grid
+from dit.samplers import SAMPLERS
 from ssdd.engine.checkpoint import resolve, save_tensors
 from ssdd.engine.devices import choose_kernels, to_device
 from ssdd.engine.errors import UserError
@@ -34,7 +33,6 @@ from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes
 from ssdd.engine.random import batch_generator, indexed_noise
 from ssdd.engine.resumable import Chunks, WorkRecord
-from ssdd.model.flow import euler, time_grid
 
 
 def sample_labels(indices: Iterable[int], num_classes: int, seed: int, balanced: bool = True) -> Tensor:
@@ -58,24 +56,18 @@ def draw(model: DiT, indices: Iterable[int], labels: Tensor, cfg: SamplingConfig
     guided = guided_velocity(
         model, labels, cfg.cfg_scale, cfg_channels=cfg.cfg_channels, guide=guide, guide_scale=cfg.guide_scale
     )
-    interval = tuple(cfg.cfg_interval)
-    if cfg.sampler == "adaptive":
-        grid, solver = interval_grid(interval), partial(adaptive, rtol=cfg.rtol, atol=cfg.atol)
-    elif cfg.sampler == "sde":
-        grid = sde_grid(cfg.steps, cfg.shift, cfg.sde_last_step)
-        draws = (_noise(indices, shape, cfg.seed, f"dit.sde.{i}", device) for i in itertools.count())
-        solver = partial(sde, noise=draws, diffusion=cfg.sde_diffusion, scale=cfg.sde_scale)
-    else:
-        grid, solver = time_grid(cfg.steps, power=1.0, shift=cfg.shift), {"euler": euler, "heun": heun}[cfg.sampler]
+    sampler = SAMPLERS[cfg.sampler]
+    noise = (_noise(indices, shape, cfg.seed, f"dit.{cfg.sampler}.{i}", device) for i in itertools.count())
+    solve = sampler.solver(cfg, noise)
     x = _noise(indices, shape, cfg.seed, "dit.sample", device)
-    for inside, piece in split_by_interval(grid, interval):
-        x = solver(guided if inside else plain, x, piece)
+    for inside, piece in split_by_interval(sampler.grid(cfg), tuple(cfg.cfg_interval)):
+        x = solve(guided if inside else plain, x, piece)
     return x.cpu()
 
 
 def latent_shape(model: DiT) -> tuple[int, int, int]:
     """(C, h, w) of the latents that a model was built for."""
-    return model.in_channels, *model.config["input_size"]
+    return model.in_channels, *model.options.input_size
 
 
 def _noise(indices: list[int], shape: Sequence[int], seed: int, stream: str, device: torch.device) -> Tensor:
@@ -99,7 +91,7 @@ def run(cfg: DiTConfig) -> Path:
     request = {
         **{key: value for key, value in asdict(sampling).items() if key not in ("checkpoint", "n", "batch_size")},
         "weights": sha256_file(weights),
-        "convention": model.config["convention"],
+        "convention": model.options.convention,
         "guide": guide_weights and sha256_file(guide_weights),
         "cfg_interval": list(sampling.cfg_interval),
         "chunk_size": chunk_size,

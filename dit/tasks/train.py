@@ -15,7 +15,7 @@ import torch
 from dit.config import DiTConfig
 from dit.tasks.build import build_network, build_objective, flop_per_latent, loss_weights, open_cache, trained_on
 from dit.tasks.dry_run import dry_run
-from dit.tasks.looks import Looks
+from dit.tasks.sample_monitor import SampleMonitor
 from dit.tasks.training_latents import TrainingLatents
 from ssdd.engine import checkpoint
 from ssdd.engine.devices import choose_kernels, peak_memory
@@ -37,13 +37,11 @@ from ssdd.losses.objective import weighted_sum
 
 
 def run(cfg: DiTConfig) -> dict[str, Any]:
-    """Train, or continue, the run `cfg.run_name`; returns what it writes to task_result.json.
+    """Train, or continue, the run `cfg.run_name`; returns what it writes to task_result.json, or what a dry run found.
 
     Exits with status 0 after a checkpoint when SIGTERM or SIGUSR1 arrives. UserError before the first step when cache,
     model, batch size or an earlier checkpoint of the same run do not fit together.
     """
-    if cfg.dry_run:
-        return dry_run(cfg)
     training, processes = cfg.training, Processes.join()
     device, world, steps = processes.device, processes.world, training.steps
     precision = Precision.resolve(training.mixed_precision, device)
@@ -60,7 +58,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     network = build_network(cfg, cache).to(device)
     objective = build_objective(cfg, network).to(device)
     flop = flop_per_latent(cfg, objective, cache, precision)
-    looks = Looks(cfg, cache, network, processes, precision)
+    monitor = SampleMonitor(cfg, cache, network, processes, precision)
     if training.fsdp:
         shard(objective, [[block] for block in network.blocks], device, world)
     parameters = dict(network.named_parameters())
@@ -74,6 +72,14 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     averages = build_averages(training.ema, parameters, steps)
     means = RunningMeans(["loss", *objective.terms, "grad_norm"], device)
     bad = FirstBadStep(device)
+
+    if training.grad_checkpoint:
+        recompute_activations(network)
+    if training.compile:
+        network.compile()
+    model = objective if training.fsdp else processes.data_parallel(objective)
+    if cfg.dry_run:
+        return dry_run(cfg, latents, model.train(), update, averages, precision, flop)
 
     # Resume: the state has all that a step reads, besides the config.
     identity |= {**network.config, "averages": list(averages), "terms": objective.terms}
@@ -89,11 +95,6 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     state.restore(steps)
     if state.step == steps and (result := processes.agree(directory.training_result)):
         return result
-    if training.grad_checkpoint:
-        recompute_activations(network)
-    if training.compile:
-        network.compile()
-    model = objective if training.fsdp else processes.data_parallel(objective)
     if processes.is_main:
         directory.begin(cfg, state.step)
     batches, weights = latents.read(state.step), loss_weights(cfg)
@@ -138,10 +139,10 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 counts = {"images": done * latents.batch_size}
                 progress.metrics(done, state.metrics | counts | throughput.line(done))
 
-            # Look at samples of the averaged weights.
-            if looks.due(done, scheduled):
+            # Draw and measure samples of the averaged weights.
+            if monitor.due(done, scheduled):
                 with throughput.paused():
-                    looks.take(done, scheduled, network.state_dict() | averages[AVERAGE].tensors(), progress)
+                    monitor.take(done, scheduled, averages[AVERAGE].tensors(), progress)
 
             # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:

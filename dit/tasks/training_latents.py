@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dit.config import DiTConfig
-from dit.objective import Draws, step_draws
+from dit.objective import LatentDraws, step_draws
 from dit.tasks.build import Cache
 from dit.tasks.cache_images import CacheImages
 from ssdd.engine.devices import to_device
@@ -19,15 +20,15 @@ from ssdd.engine.training_checks import parts_of, rows_a_process
 
 
 @dataclass
-class TrainingBatch:
+class LatentBatch:
     """One process's rows of a step, on its device."""
 
     z: Tensor  # float32 [b, C, h, w], normalised
     y: Tensor  # int64 [b]
-    draws: Draws
+    draws: LatentDraws
     x: Tensor | None  # float32 [b, 3, H, W], what the latents were encoded from
 
-    def rows(self, part: slice) -> tuple[Tensor, Tensor, Draws, Tensor | None]:
+    def rows(self, part: slice) -> tuple[Tensor, Tensor, LatentDraws, Tensor | None]:
         """Arguments of the objective: latents, labels, draws, images."""
         return self.z[part], self.y[part], self.draws.rows(part), None if self.x is None else self.x[part]
 
@@ -54,11 +55,17 @@ class TrainingLatents:
         images = itertools.repeat(None) if self.images is None else self.images.batches(**order)
         return zip(self.cache.batches(**order), images, strict=False)  # both endless
 
-    def batch(self, read: Any, step: int) -> TrainingBatch:
+    def made_up(self) -> LatentBatch:
+        """The first step's batch with random latents, and black images if any: what a dry run measures with."""
+        z, y = torch.randn(self.rows, *self.cache.latent_shape), torch.zeros(self.rows, dtype=torch.int64)
+        side = self.cfg.dataset.im_size
+        return self.batch(((z, y, None), None if self.images is None else torch.zeros(self.rows, 3, side, side)), 0)
+
+    def batch(self, read: Any, step: int) -> LatentBatch:
         """What was `read` for a step, on the device, with the step's draws."""
         (z, y, _), x = read
-        device, rank = self.processes.device, self.processes.rank
+        device = self.processes.device
         draws = step_draws(self.cfg, step, (self.batch_size, *z.shape[1:]), device)
-        draws = draws.rows(slice(rank * self.rows, (rank + 1) * self.rows))
+        draws = draws.rows(self.processes.own(self.rows))
         z, y, x = (None if part is None else to_device(part, device) for part in (z, y, x))
-        return TrainingBatch(z, y, draws, x)
+        return LatentBatch(z, y, draws, x)

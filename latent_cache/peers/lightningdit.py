@@ -8,8 +8,8 @@ The latents are posterior samples. Its loader takes latents_flip half of the tim
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,18 +96,14 @@ def open_folder(folder: Path) -> PeerLatents:
 
 def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(mean, std), float32 [C] each. UserError for anything but tensors in the file; nothing in it is ever run."""
-    check_regular(path)
-    try:
-        found = read_torch_file(path)
+
+    def take(found: Any) -> tuple[np.ndarray, np.ndarray]:
         if not isinstance(found, dict):
             raise TypeError(f"it holds a {type(found).__name__}")
         return found["mean"].float().flatten().numpy(), found["std"].float().flatten().numpy()
-    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, EOFError) as problem:
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise UserError(
-            f"{path} is not a file of two tensors, mean and std ({reason}); nothing in it was executed. The import "
-            "does not need it, since statistics are computed again: move it away if you trust the latents beside it"
-        ) from None
+
+    remedy = "The import does not need it, since statistics are computed again: move it away if you trust the latents "
+    return read_torch_file(path, "a file of two tensors, mean and std", take, remedy=f"{remedy}beside it")
 
 
 def _opened(path: Path) -> safe_open:

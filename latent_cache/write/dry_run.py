@@ -8,20 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from latent_cache.config import BuildConfig
 from latent_cache.write.arithmetic import exact_arithmetic
 from latent_cache.write.build import check, describe
 from latent_cache.write.encode import raw_rows
 from latent_cache.write.folder import CacheFolder
+from ssdd.engine.cost import cost_page
 from ssdd.engine.processes import Processes
-from ssdd.engine.tables import listed
+from ssdd.engine.throughput import count_forward_flop, seconds_a_call
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.sources import open_source
 from ssdd.model.tokenizer import SSDD
-
-TIMED_BATCHES = 3
 
 
 def dry_run(cfg: BuildConfig) -> str:
@@ -55,7 +53,7 @@ def dry_run(cfg: BuildConfig) -> str:
         f"{cfg.threads} thread{'s' * (cfg.threads > 1)}): {reading * 1e3:.3g} ms to read an image, "
         f"{encoding * 1e3:.3g} ms to encode it; {workers} workers read",
     }
-    return f"{listed(lines)}\nnothing was written"
+    return cost_page(lines)
 
 
 def measure(
@@ -69,15 +67,10 @@ def measure(
     tokenizer.encoder.to(device)
     batch = torch.stack(pixels).to(device)
     side = cfg.dataset.im_size
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        tokenizer.encode(torch.zeros(1, 3, side, side, device=device))
-    seconds = []
+    flop = count_forward_flop(lambda: tokenizer.encode(torch.zeros(1, 3, side, side, device=device)))
     with exact_arithmetic(device, cfg.threads):
-        for _ in range(TIMED_BATCHES + 1):  # the first chooses kernels; rows come back on the CPU, so all is awaited
-            began = time.perf_counter()
-            raw_rows(tokenizer, batch, settings)
-            seconds.append(time.perf_counter() - began)
-    return reading, min(seconds[1:]) / cfg.batch_size, counter.get_total_flops() / 1e9
+        encoding = seconds_a_call(device, lambda: raw_rows(tokenizer, batch, settings)) / cfg.batch_size
+    return reading, encoding, flop / 1e9
 
 
 def _free(folder: Path) -> int:

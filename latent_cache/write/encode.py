@@ -27,7 +27,7 @@ from ssdd.model.channel_statistics import ChannelStatistics
 from ssdd.model.tokenizer import SSDD
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """Samples first, first + 1, ... (`count` of them) of a split, by their numbers in the source, filled up."""
 
     job: Job
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     numbers: list[int]
 
 
-class Images:
+class ImagesToEncode:
     """Test-time images of all splits, read batch by batch; `skipped` are the unreadable ones of each split."""
 
     def __init__(self, cfg: DatasetConfig, sources: dict[str, ImageSource], skipped: dict[str, list[int]]) -> None:
@@ -53,17 +53,17 @@ class Images:
         numbers = self.numbers[job.split][job.samples.start : job.samples.stop]
         return self.datasets[job.split].source.labels[numbers]
 
-    def batches(self, jobs: list[Job], size: int) -> list[Batch]:
+    def batches(self, jobs: list[Job], size: int) -> list[ImageBatch]:
         """The batches of these shards, in order."""
         found = []
         for job in jobs:
             for first in range(job.samples.start, job.samples.stop, size):
                 numbers = self.numbers[job.split][first : min(first + size, job.samples.stop)].tolist()
                 filled = numbers + numbers[-1:] * (size - len(numbers))
-                found.append(Batch(job, first, len(numbers), filled))
+                found.append(ImageBatch(job, first, len(numbers), filled))
         return found
 
-    def read(self, batches: list[Batch], workers: int) -> Iterator[tuple[Batch, Tensor]]:
+    def read(self, batches: list[ImageBatch], workers: int) -> Iterator[tuple[ImageBatch, Tensor]]:
         """Batches with their pixels, uint8 [size, 3, H, W], decoded here or in worker processes."""
         for split, batches_of_split in itertools.groupby(batches, key=lambda batch: batch.job.split):
             own = list(batches_of_split)
@@ -76,7 +76,7 @@ def encode_shards(
     folder: CacheFolder,
     jobs: list[Job],
     tokenizer: SSDD,
-    images: Images,
+    images: ImagesToEncode,
     workers: int,
     device: torch.device,
     progress: Callable[[int], object],

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ssdd.engine.checkpoint import load_tensors as read_safetensors
-from ssdd.engine.errors import UserError
+from ssdd.engine.errors import UserError, first_line
 from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import sha256_file
 from ssdd.engine.user_cache import caches_of_user
@@ -25,6 +27,11 @@ from ssdd.engine.user_cache import caches_of_user
 SEARCH_VARIABLE = "SSDD_WEIGHTS"
 TIMM_PREFIX = "timm/"
 PREFETCH = "python scripts/prefetch_weights.py"
+TORCH_REMEDY = (
+    "Fetch it again if it is damaged; if it holds more, it may run code: save its tensors alone, as safetensors, where "
+    "you trust it"
+)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -152,21 +159,38 @@ def search_path(name: str) -> list[Path]:
     return [*folders, hub / "checkpoints", hub.parent / "fidelity_cache"]
 
 
-def read_torch_file(path: str | Path, **options: Any) -> Any:
-    """Content of a torch file on the CPU. Its pickle is read with weights_only, which runs no code in it."""
-    return torch.load(path, map_location="cpu", weights_only=True, **options)
+def read_torch_file(
+    path: Path,
+    expected: str,
+    take: Callable[[Any], T] = lambda content: content,
+    *,
+    remedy: str = TORCH_REMEDY,
+    classes: Sequence[Any] = (),
+    mmap: bool = False,
+) -> T:
+    """What `take` finds in a torch file, on the CPU. Its pickle is read with weights_only, which runs no code in it.
+
+    expected: what the file should be. remedy: what to do if it is not. classes: further harmless ones that it may hold
+    besides tensors and plain values. mmap: leave tensors in the file until they are used, in the zipped format.
+    UserError for a file that is not as expected.
+    """
+    check_regular(path)
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            mapped = mmap and zipfile.is_zipfile(path)
+            return take(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as problem:  # unpickling raises almost anything on a damaged or unsafe file
+        reason = f"{type(problem).__name__}: {first_line(problem)}"
+        raise UserError(f"{path} is not {expected} ({reason}); nothing in it was executed. {remedy}") from problem
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a state dict, safetensors or torch format, without running any code in it (weights_only)."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    check_regular(path)
-    try:
-        return read_torch_file(path)
-    except Exception as problem:  # unpickling raises almost anything on a damaged file
-        what = f"{type(problem).__name__}: {problem}"
-        raise UserError(f"{path} is not a plain state dict ({what}). Fetch it again") from problem
+    return read_torch_file(path, "a plain state dict")
 
 
 def lookup(name: str) -> PretrainedWeights:

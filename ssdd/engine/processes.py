@@ -73,6 +73,10 @@ class Processes:
         """Whether this process writes what all have made."""
         return self.rank == 0
 
+    def own(self, rows: int) -> slice:
+        """This process's rows of a batch of which each process gets `rows`."""
+        return slice(self.rank * rows, (self.rank + 1) * rows)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ssdd.engine.errors import UserError
-from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.files import sha256_file
 from ssdd.engine.pretrained import read_torch_file
 from ssdd.engine.processes import Processes
@@ -117,15 +117,10 @@ def _adm_file(path: Path, images: StoredSet | None) -> tuple[Statistics, dict[st
 
 def _torch_fidelity_file(path: Path) -> tuple[Statistics, dict[str, Any]]:
     """`NAME-EXTRACTOR-stat-fid-LAYER.pt` of torch-fidelity's cache: a dict of the arrays mu and sigma."""
-    check_regular(path)
     numpy = np._core if hasattr(np, "_core") else np.core
     harmless = [numpy.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            file = read_torch_file(path)
-        mu, sigma = file["mu"], file["sigma"]
-    except Exception as problem:  # unpickling raises almost anything on a foreign file
-        raise UserError(f"{path} is not a statistics file of torch-fidelity (mu, sigma): {problem}") from problem
+    expected = "a statistics file of torch-fidelity (mu, sigma)"
+    mu, sigma = read_torch_file(path, expected, itemgetter("mu", "sigma"), classes=harmless)
     return _gaussian(path, mu, sigma), _foreign_provenance(path, None)
 
 

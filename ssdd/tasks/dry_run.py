@@ -1,88 +1,71 @@
-"""The cost of a training run on this machine, measured on a few steps of random images."""
+"""The cost of training a tokenizer on this machine, measured with the parts of the training page on random images."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from ssdd.config import SSDDConfig
-from ssdd.engine.devices import choose_kernels, peak_memory
-from ssdd.engine.optim import build_optimizer, parameter_groups
-from ssdd.engine.precision import Precision
-from ssdd.engine.processes import Processes
-from ssdd.engine.recompute import recompute_activations
-from ssdd.engine.throughput import seconds_a_call
-from ssdd.images.batches import steps_per_epoch
-from ssdd.images.dataset import ImageDataset
-from ssdd.images.sources import open_source
-from ssdd.losses.objective import step_draws, weighted_sum
-from ssdd.tasks.build import build_discriminator, build_objective, build_tokenizer
+from ssdd.engine.cost import cost_page, training_cost, training_lines
+from ssdd.engine.ema import Ema, update_averages
+from ssdd.engine.optim import GradientStep, averaged_weights
+from ssdd.engine.processes import gradients_kept
+from ssdd.engine.throughput import count_forward_flop
+from ssdd.losses.objective import weighted_sum
+from ssdd.tasks.adversary_training import AdversaryTraining
+from ssdd.tasks.training_images import TrainingImages
 
 
-def dry_run(cfg: SSDDConfig) -> dict[str, Any]:
-    """Print and return parameters, GFLOP per image, memory, seconds per step and total hours; nothing is written."""
-    processes = Processes.join()
-    device, world = processes.device, processes.world
-    precision = Precision.resolve(cfg.training.mixed_precision, device)
-    choose_kernels()
-    rows = max(1, cfg.dataset.batch_size // world // cfg.training.grad_accumulate)
-    dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=True)
-    steps = cfg.training.steps or cfg.training.epochs * steps_per_epoch(dataset, cfg.dataset.batch_size)
-    network, discriminator = build_tokenizer(cfg).to(device), build_discriminator(cfg, precision)
-    objective = build_objective(cfg, network, discriminator).to(device)
-    stored = cfg.distill_teacher and cfg.distill.targets == "cache"
-    if discriminator is not None:
-        discriminator.to(device)
-    parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer(cfg.training.optimizer, parameter_groups(parameters, objective, 0.0), 0.0, (0.9, 0.99))
-    side, latent = cfg.dataset.im_size, (network.z_dim, *(cfg.dataset.im_size // network.f,) * 2)
-    x = torch.rand(rows, 3, side, side, device=device).contiguous(memory_format=torch.channels_last) * 2 - 1
-    draws = step_draws(0, 0, tuple(x.shape), (rows, *latent), device)
+def dry_run(
+    cfg: SSDDConfig,
+    images: TrainingImages,
+    model: nn.Module,
+    update: GradientStep,
+    adversary: AdversaryTraining,
+    averages: Mapping[str, Ema],
+) -> dict[str, Any]:
+    """Print and return parameters, GFLOP per image, memory, seconds per step and total hours, with all losses active.
 
-    with torch.no_grad(), FlopCounterMode(display=False) as encoding:
-        z = network.encode(x[:1]).mode()
-    with FlopCounterMode(display=False) as decoding:
-        network.decode(z, steps=1)
-    given = [(torch.zeros(rows, *latent, device=device), x)] if stored else []
-    if cfg.training.grad_checkpoint:
-        recompute_activations(network)
-    if cfg.training.compile:
-        network.compile()
+    The arguments are those that the training page takes its steps with, `model` being the objective or its wrapper.
+    """
+    network, precision = getattr(model, "module", model).tokenizer, adversary.precision
+    batch, parameters = images.made_up(network), {n: p for n, p in network.named_parameters() if p.requires_grad}
 
     def step() -> None:
-        with precision.autocast():
-            terms, predicted = objective(x, draws, None, *given)
-            loss = weighted_sum(terms, vars(cfg.losses))
-        loss.backward()
-        if discriminator is not None:
-            with precision.autocast():
-                loss = discriminator(x, *predicted)
-            loss.backward()
-            discriminator.zero_grad(set_to_none=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        adversary.begin(bool(adversary.terms))
+        for part in images.parts:
+            more = part.stop < images.rows
+            x, draws, stored = batch.rows(part)
+            with gradients_kept(model, more):
+                with precision.autocast():
+                    terms, predicted = model(x, draws, None, *stored)
+                loss = weighted_sum(terms, vars(cfg.losses)) / cfg.training.grad_accumulate
+                update.backward(loss)
+            adversary.backward(x, predicted, more)
+        update.apply(cfg.training.lr)
+        adversary.apply(cfg.training.lr)
+        update_averages(averages, averaged_weights(update.optimizer, parameters))
 
-    step_seconds = seconds_a_call(device, step) * cfg.training.grad_accumulate
+    with torch.compiler.set_stance("force_eager"):
+        x = batch.x[:1]
+        z = network.encode(x).mode().detach()
+        encoding = count_forward_flop(lambda: network.encode(x).mode())
+        decoding = count_forward_flop(lambda: network.decode(z, steps=1))
     result = {
         "parameters": {
             "encoder": sum(p.numel() for p in network.encoder.parameters()),
             "decoder": sum(p.numel() for p in network.decoder.parameters()),
-            "trained": sum(p.numel() for p in parameters.values()),
+            "trained": sum(p.numel() for p in update.parameters),
         },
-        "gflop_encode": encoding.get_total_flops() / 1e9,
-        "gflop_decode_step": decoding.get_total_flops() / 1e9,
-        "peak_memory_bytes": peak_memory(device),
-        "seconds_a_step": step_seconds,
-        "steps": steps,
-        "precision": precision.record(),
-        "hours": steps * step_seconds / 3600,
+        "gflop_encode": encoding / 1e9,
+        "gflop_decode_step": decoding / 1e9,
+        **training_cost(images.steps, step, precision),
     }
-    if processes.is_main:
-        counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in result["parameters"].items())
-        print(f"parameters: {counts}")
-        print(f"GFLOP per image: encode {result['gflop_encode']:.1f}, decode step {result['gflop_decode_step']:.1f}")
-        print(f"memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB for {rows} images per process and part")
-        print(f"time: {step_seconds:.3f} s per step, {steps} steps, {result['hours']:.2f} hours without evaluations")
+    counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in result["parameters"].items())
+    gflop = f"encode {result['gflop_encode']:.1f}, decode step {result['gflop_decode_step']:.1f} per image"
+    part = f"{images.rows // len(images.parts)} images"
+    images.processes.print(cost_page({"parameters": counts, "GFLOP": gflop, **training_lines(result, part)}))
     return result

@@ -36,18 +36,16 @@ from ssdd.model.tokenizer import SSDD
 from ssdd.tasks.adversary_training import AdversaryTraining
 from ssdd.tasks.build import build_discriminator, build_objective, build_tokenizer, flop_per_image
 from ssdd.tasks.dry_run import dry_run
-from ssdd.tasks.looks import Looks
+from ssdd.tasks.reconstruction_monitor import ReconstructionMonitor
 from ssdd.tasks.training_images import TrainingImages
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
-    """Train, or continue, the run `cfg.run_name`; returns what it writes to task_result.json.
+    """Train, or continue, the run `cfg.run_name`; returns what it writes to task_result.json, or what a dry run found.
 
     Exits with status 0 after a checkpoint when SIGTERM or SIGUSR1 arrives. UserError before the first step when data,
     weights, batch size or an earlier checkpoint of the same run do not fit together.
     """
-    if cfg.dry_run:
-        return dry_run(cfg)
     training, processes = cfg.training, Processes.join()
     device, world = processes.device, processes.world
     precision = Precision.resolve(training.mixed_precision, device)
@@ -64,7 +62,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     network, discriminator = build_tokenizer(cfg).to(device), build_discriminator(cfg, precision)
     objective = build_objective(cfg, network, discriminator).to(device)
     flop = flop_per_image(cfg, objective, precision)
-    looks = Looks(cfg, network, processes, precision)
+    monitor = ReconstructionMonitor(cfg, network, processes, precision)
     if training.fsdp:
         shard(objective, sharded_blocks(network), device, world)
     parameters, heads = trainable(network, objective)
@@ -76,10 +74,19 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     averages = build_averages(training.ema, parameters, steps)
     means = RunningMeans([*objective.terms, *adversary.terms, "grad_norm"], device)
     bad = FirstBadStep(device)
-
-    # Resume: the state has all that a step reads, besides the config.
     identity |= identity_of_networks(cfg, network, objective.terms, list(averages))
     images.store_targets(objective, [identity.get("teacher"), identity.get("teacher_encoder")])
+    if training.grad_checkpoint:
+        recompute_activations(network)
+    if training.compile:
+        for compiled in filter(None, (network, getattr(objective, "teacher", None))):
+            compiled.compile()
+    model = objective if training.fsdp else processes.data_parallel(objective)
+    adversary.distribute(processes)
+    if cfg.dry_run:
+        return dry_run(cfg, images, model, update, adversary, averages)
+
+    # Resume: the state has all that a step reads, besides the config.
     parts = {
         "model": Weights(network),
         **{name: Average(average, network) for name, average in averages.items()},
@@ -91,13 +98,6 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     state.restore(steps)
     if state.step == steps and (result := processes.agree(directory.training_result)):
         return result
-    if training.grad_checkpoint:
-        recompute_activations(network)
-    if training.compile:
-        for compiled in filter(None, (network, getattr(objective, "teacher", None))):
-            compiled.compile()
-    model = objective if training.fsdp else processes.data_parallel(objective)
-    adversary.distribute(processes)
     if processes.is_main:
         directory.begin(cfg, state.step)
     batches = images.read(state.step)
@@ -137,7 +137,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
 
             # Log: the only place besides checkpoints and evaluations that waits for the device.
             stopping, ended = stop.agreed(), done == steps
-            evaluating = looks.evaluates(done, images.epoch_steps, ended)
+            evaluating = monitor.evaluates(done, images.epoch_steps, ended)
             logging = done == 1 or done % training.log_freq == 0 or ended
             saving = stopping or ended or done % training.save_every == 0 or evaluating
             if logging or saving:
@@ -147,11 +147,11 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 counts = {"lr": lr, "images": done * images.batch_size}
                 progress.metrics(done, state.metrics | counts | throughput.line(done))
 
-            # Look at the averaged weights; the best ones are kept.
+            # Evaluate and draw the averaged weights; the best ones are kept.
             names: list[str] = []
-            if looks.due(done, evaluating):
+            if monitor.due(done, evaluating):
                 with throughput.paused():
-                    names += looks.take(evaluating, network.state_dict() | averages[AVERAGE].tensors(), state, progress)
+                    names += monitor.take(evaluating, averages[AVERAGE].tensors(), state, progress)
 
             # Checkpoint; `last` comes last, for a resumed run does again what comes after it.
             if saving:

@@ -58,7 +58,9 @@ class TrainingImages:
         self.targets: TargetStore | None = None
 
     def store_targets(self, objective: DistillationObjective, teacher: Any) -> None:
-        """Make the stored targets complete, if the config wants any. teacher: checksums of its weights.
+        """Make the stored targets complete, if the config wants any and is not of a dry run.
+
+        teacher: checksums of its weights.
 
         UserError for latents other than the posterior's mean.
         """
@@ -67,6 +69,8 @@ class TrainingImages:
         cfg, dataset = self.cfg, self.dataset
         if cfg.distill.z != "mean":
             raise UserError(f"distill.targets=cache stores the posterior's mean: not for distill.z={cfg.distill.z}")
+        if cfg.dry_run:
+            return
         steps, sampler = cfg.ssdd.fm_sampler.steps, vars(cfg.ssdd.fm_sampler)
         identity = {"teacher": teacher, "sampler": sampler, "data": dataset.source.fingerprint()}
         identity |= {"im_size": cfg.dataset.im_size, "crop": cfg.dataset.crop}
@@ -79,6 +83,14 @@ class TrainingImages:
         rank, world, workers = self.processes.rank, self.processes.world, self.cfg.dataset.reading_processes
         return train_batches(self.dataset, self.batch_size, self.cfg.seed, start, rank, world, workers)
 
+    def made_up(self, network: SSDD) -> TrainingBatch:
+        """The first step's batch with random images, and zeros as stored latents: what a dry run measures with."""
+        side = self.cfg.dataset.im_size
+        batch = self.batch((torch.rand(self.rows, 3, side, side) * 2 - 1, None, None, 0), 0, network)
+        if self.stored:
+            batch.targets = torch.zeros_like(batch.draws.z_eps), batch.x
+        return batch
+
     def batch(self, read: Any, step: int, network: SSDD) -> TrainingBatch:
         """What was `read` for a step of `network`, on the device, with the step's draws."""
         (x, _, indices, epoch), device = read, self.processes.device
@@ -88,7 +100,7 @@ class TrainingImages:
             (self.batch_size, network.z_dim, *(side // network.f for side in x.shape[2:])),
         )
         draws = step_draws(self.cfg.seed, step, *shapes, device, times.t_mean, times.t_std)
-        draws = draws.rows(slice(self.processes.rank * self.rows, (self.processes.rank + 1) * self.rows))
+        draws = draws.rows(self.processes.own(self.rows))
         targets = None
         if self.targets is not None:
             draws = replace(draws, eps=self.targets.noise(indices, epoch, tuple(x.shape[1:])).to(device))

@@ -97,7 +97,7 @@ def laid_down(family: str, folder: Path) -> tuple[Path, dict]:
 def test_a_trainer_s_checkpoint_loads_with_its_averaged_weights(tmp_path, family, caplog):
     path, weights = laid_down(family, tmp_path)
     model = load_dit(path, num_classes=10, in_channels=4)
-    assert model.config["convention"] == FAMILIES[family] and not model.training
+    assert model.config["convention"] == FAMILIES[family].convention and not model.training
     assert (model.grid, model.num_classes, model.null_class) == ((4, 4), 10, True)
     assert model.config["name"] == "DiT-XXS/2" and model.config["heads"] == 2
     assert model.learn_sigma == (family in ("dit", "sit"))
@@ -242,7 +242,7 @@ def test_sampling_takes_a_foreign_checkpoint(tmp_path, family, capsys):
     arguments = ["task=sample", f"sampling.checkpoint={path}", "sampling.n=2", "sampling.steps=3", "sampling.shift=3.4"]
     assert main([*arguments, f"out={tmp_path / 'set'}", f"ckpt_dir={tmp_path}"]) == 0
     described = json.loads((tmp_path / "set" / "sample_set.json").read_text())
-    assert described["convention"] == FAMILIES[family] and described["latent_shape"] == [4, 8, 8]
+    assert described["convention"] == FAMILIES[family].convention and described["latent_shape"] == [4, 8, 8]
     bare = tmp_path / "bare.pt"
     torch.save(layout(), bare)
     arguments[1] = f"sampling.checkpoint={bare}"

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from dit.config import DiTConfig
 from dit.layers import Attention, DiTBlock, RotaryEmbedding, SwiGLU, gelu, resize_positions, sincos_position_table
-from dit.model import SIZES, DiT
+from dit.model import DiT
+from dit.options import SIZES
 from dit.tasks.train import run as train
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dit.model import NAMES, SIZES, DiT
+from dit.model import DiT
+from dit.options import NAMES, SIZES
 from ssdd.engine.errors import UserError
 from tests.golden import fill_state_dict, load_case
 

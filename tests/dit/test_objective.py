@@ -10,7 +10,7 @@ from torch import nn
 
 from dit.config import DiTConfig
 from dit.model import DiT
-from dit.objective import Draws, FlowObjective, direction_loss, step_draws
+from dit.objective import LatentDraws, LatentObjective, direction_loss, step_draws
 from dit.tasks.build import build_objective
 from ssdd.engine.errors import UserError
 from ssdd.losses.repa import RepaLoss
@@ -37,10 +37,10 @@ def network() -> DiT:
     return model
 
 
-def draws(drop: bool = False) -> Draws:
+def draws(drop: bool = False) -> LatentDraws:
     generator = torch.Generator().manual_seed(1)
     t, eps = torch.tensor([0.2, 0.5, 0.9]), torch.randn(3, 2, 4, 4, generator=generator)
-    return Draws(t, eps, torch.full((3,), drop))
+    return LatentDraws(t, eps, torch.full((3,), drop))
 
 
 Z, Y = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 4, 9])
@@ -48,14 +48,14 @@ Z, Y = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(2)), torc
 
 def test_the_velocity_term_is_the_squared_error_of_the_velocity_from_data_to_noise(network):
     d = draws()
-    terms = FlowObjective(network)(Z, Y, d)
+    terms = LatentObjective(network)(Z, Y, d)
     out = network(interpolate(Z, d.eps, d.t), 1000 * d.t, Y)
     assert list(terms) == ["velocity"]
     torch.testing.assert_close(terms["velocity"], ((out - (Z - d.eps)) ** 2).mean())
 
 
 def test_dropped_labels_are_those_of_the_null_class(network):
-    dropped, null = FlowObjective(network)(Z, Y, draws(drop=True)), FlowObjective(network)(Z, Y * 0 + 10, draws())
+    dropped, null = LatentObjective(network)(Z, Y, draws(drop=True)), LatentObjective(network)(Z, Y * 0 + 10, draws())
     assert torch.equal(dropped["velocity"], null["velocity"])
 
 
@@ -67,7 +67,7 @@ def test_a_network_of_another_convention_has_the_same_loss(network):
         other.final_layer.linear.weight.neg_()
         other.final_layer.linear.bias.neg_()
     assert torch.equal(
-        FlowObjective(other)(Z, Y, draws())["velocity"], FlowObjective(network)(Z, Y, draws())["velocity"]
+        LatentObjective(other)(Z, Y, draws())["velocity"], LatentObjective(network)(Z, Y, draws())["velocity"]
     )
 
 
@@ -81,21 +81,21 @@ def test_the_direction_term_is_0_along_1_across_and_2_against_whatever_the_lengt
 
 
 def test_the_direction_term_reaches_every_weight(network):
-    FlowObjective(network, direction=True)(Z, Y, draws())["direction"].backward()
+    LatentObjective(network, direction=True)(Z, Y, draws())["direction"].backward()
     assert all(p.grad is not None and p.grad.any() for p in network.parameters() if p.requires_grad)
 
 
 def test_a_fresh_network_which_predicts_zero_gets_a_gradient_of_usual_size():
     fresh = DiT.from_name("DiT-XXS/1", 4, 2, 10, learn_sigma=False)
     norms = {}
-    for term, loss in FlowObjective(fresh, direction=True)(Z, Y, draws()).items():
+    for term, loss in LatentObjective(fresh, direction=True)(Z, Y, draws()).items():
         (gradient,) = torch.autograd.grad(loss, fresh.final_layer.linear.weight, retain_graph=True)
         norms[term] = gradient.norm()
     assert 0 < norms["direction"] < 20 * norms["velocity"]
 
 
 def test_repa_compares_the_tokens_after_its_block_and_reaches_nothing_behind(network):
-    objective = FlowObjective(network, repa=RepaLoss(128, Teacher(), layers=3, hidden=32), repa_blocks=2)
+    objective = LatentObjective(network, repa=RepaLoss(128, Teacher(), layers=3, hidden=32), repa_blocks=2)
     assert objective.terms == ["velocity", "repa"]
     widths = [m.in_features for m in objective.repa.repa_mlp if isinstance(m, nn.Linear)]
     assert widths == [128, 32, 32]

@@ -10,7 +10,7 @@ import torch
 
 from dit.guidance import guided_velocity
 from dit.model import DiT
-from dit.time_convention import NAMES, convention
+from dit.time_convention import CONVENTIONS, convention
 from ssdd.model.flow import euler, time_grid
 from tests.golden import fill_state_dict, load_case
 
@@ -93,7 +93,7 @@ def model_with(name: str, time_scale: float = 1.0) -> DiT:
     return model.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CONVENTIONS)
 def test_guided_velocity_is_the_guided_answer_under_every_convention(name):
     """SiT: their velocity at their time 1 - t is ours. REPA: minus theirs. DiT: (x_t - eps) / (1 - t)."""
     model, x_t, y, t = model_with(name), torch.randn(2, 3, 2, 4), torch.tensor([0, 4]), 0.3

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit.config import AuxiliaryConfig, DiTConfig
+from dit.config import DiTAuxiliaryConfig, DiTConfig
 from dit.foreign_checkpoints import export_dit
 from dit.model import DiT
 from dit.tasks.cache_images import CacheImages
@@ -25,7 +25,7 @@ from ssdd.engine.errors import UserError
 from ssdd.fidelity.statistics import default_cache
 from ssdd.images.sources import DatasetConfig
 from ssdd.model.tokenizer import SSDD
-from tests.dit.test_train import IN_STEP_7, command, folder, metrics, weights
+from tests.dit.test_train import command, folder, in_step, metrics, weights
 
 DIGITS = DatasetConfig(source="digits", im_size=32, limit=60, crop="adm")
 TEACHER = "vit_tiny_patch16_224"
@@ -53,7 +53,7 @@ def every_option(settings, teacher_weights, monkeypatch):
         options = {"ema": ema, "lr_schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "t_shift": 2.0}
         cfg = settings(run_name, **{**options, **training})
         cfg.dataset, cfg.losses.direction, cfg.losses.repa = DIGITS, 0.5, 0.5
-        cfg.aux_losses = AuxiliaryConfig(replace(cfg.aux_losses.repa, model=TEACHER, i_extract=2, hidden=32))
+        cfg.aux_losses = DiTAuxiliaryConfig(replace(cfg.aux_losses.repa, model=TEACHER, i_extract=2, hidden=32))
         return cfg
 
     return make
@@ -62,7 +62,7 @@ def every_option(settings, teacher_weights, monkeypatch):
 def test_a_killed_run_with_every_option_resumes_to_the_same_bytes(every_option):
     straight, killed = every_option("straight"), every_option("killed")
     result = run(straight)
-    command(killed).kill(IN_STEP_7)
+    command(killed).kill(in_step(7, averages=2))
     run(killed)
     assert weights(killed) == weights(straight)
     assert metrics(killed) == metrics(straight)
@@ -108,7 +108,7 @@ def test_any_of_several_averages_can_be_sampled(every_option, tmp_path):
 def test_two_killed_processes_resume_to_the_same_bytes(every_option):
     straight, killed = every_option("straight"), every_option("killed")
     command(straight, processes=2).run()
-    command(killed, processes=2).kill(IN_STEP_7)
+    command(killed, processes=2).kill(in_step(7, averages=2))
     assert json.loads((folder(killed) / "checkpoints" / "last" / "state.json").read_text())["step"] == 4
     command(killed, processes=2).run()
     assert weights(killed) == weights(straight)
@@ -182,6 +182,12 @@ def test_a_dry_run_counts_and_measures_without_writing(settings, tmp_path, capsy
     assert result["gflop_latent"] > 3 * 2 * 16 * 4 * (4 + 8) * 128**2 / 1e9
     assert "8 latents per process and part" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_what_training_refuses(settings):
+    for wrong, message in (({"grad_accumulate": 3}, "does not divide"), ({"log_freq": 0}, "log_freq=0 must be")):
+        with pytest.raises(UserError, match=message):
+            run(replace(settings(**wrong), dry_run=True))
 
 
 def test_training_starts_from_weights_of_ours_or_in_sits_layout(settings, tmp_path):

@@ -1,5 +1,6 @@
-"""Fixtures of a small tokenizer for the tests of what takes one entry to add."""
+"""Generators' caches and configs, and a small tokenizer, for what is added."""
 
+from tests.dit.conftest import caches, settings
 from tests.small_tokenizer import tokenizer
 
-__all__ = ["tokenizer"]
+__all__ = ["caches", "settings", "tokenizer"]

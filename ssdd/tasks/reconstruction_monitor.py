@@ -1,4 +1,4 @@
-"""Looks at a tokenizer in training: evaluations of its averaged weights, and pictures of what they make."""
+"""What is seen of a tokenizer in training: evaluations of its averaged weights, and pictures of what they make."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from ssdd.tasks.evaluate import Evaluator
 SMALLEST_SIDE = 64  # images below this size are enlarged
 
 
-class Looks:
+class ReconstructionMonitor:
     """When a run's averaged weights are evaluated and drawn, and what comes of it; made before training starts."""
 
     def __init__(self, cfg: SSDDConfig, network: SSDD, processes: Processes, precision: Precision):
         training = cfg.training
-        self.training, self.processes = training, processes
+        self.training, self.processes, self.network = training, processes, network
         self.evaluator = Evaluator(cfg, processes, precision) if training.eval_freq else None
         drawn = training.sample_every or (training.sample_every is None and self.evaluator is not None)
         self.picture = ReconstructionPicture(cfg, precision) if drawn else None
@@ -47,14 +47,14 @@ class Looks:
         return ended or (rest == 0 and epochs % self.training.eval_freq == 0)
 
     def due(self, done: int, evaluating: bool) -> bool:
-        """Whether there is anything to look at after `done` steps."""
+        """Whether there is anything to evaluate or draw after `done` steps."""
         return evaluating or self._draws(done, evaluating)
 
     def take(
-        self, evaluating: bool, weights: Mapping[str, Tensor], state: TrainingState, progress: ProgressLog
+        self, evaluating: bool, averages: Mapping[str, Tensor], state: TrainingState, progress: ProgressLog
     ) -> list[str]:
-        """Look at what is due; ["best"] when these averaged `weights` are the best so far, else []."""
-        self.shown.load_state_dict(gathered(weights))
+        """Do what is due; ["best"] when these `averages` of weights are the best so far, else []."""
+        self.shown.load_state_dict(gathered(self.network.state_dict() | averages))
         if self._draws(state.step, evaluating) and self.processes.is_main:
             progress.picture(state.step, "reconstructions", self.picture.draw(self.shown))
         return ["best"] if evaluating and self._is_best(state, progress) else []

@@ -1,4 +1,4 @@
-"""Looks at a generator in training: pictures of samples of its averaged weights, and how far these are from images."""
+"""What is seen of a generator in training: samples of its averaged weights as pictures, and how far from images."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from ssdd.engine.sharding import gathered
 from ssdd.engine.training_checks import picture_due
 
 
-class Looks:
+class SampleMonitor:
     """When a run's averaged weights are sampled, drawn and measured; made before training starts."""
 
     def __init__(self, cfg: DiTConfig, cache: Cache, network: DiT, processes: Processes, precision: Precision):
         training = cfg.training
-        self.training, self.processes = training, processes
+        self.training, self.processes, self.network = training, processes, network
         samples = SampleDecoder(cfg, cache, precision) if training.tokenizer else None
         self.picture = SamplePicture(samples) if samples and training.sample_every != 0 else None
-        self.fidelity = OnlineFidelity(cfg, cache, samples, processes) if training.fidelity_every else None
+        measured = training.fidelity_every and not cfg.dry_run  # it stores the features of the images
+        self.fidelity = OnlineFidelity(cfg, cache, samples, processes) if measured else None
         self.shown = copy.deepcopy(network).eval() if self.picture or self.fidelity else None
 
     def due(self, done: int, scheduled: bool) -> bool:
-        """Whether there is anything to look at after `done` steps; scheduled: a checkpoint is due by its number."""
+        """Whether to draw or measure anything after `done` steps; scheduled: a checkpoint is due by its number."""
         return self._draws(done, scheduled) or self._measures(done)
 
-    def take(self, done: int, scheduled: bool, weights: Mapping[str, Tensor], progress: ProgressLog) -> None:
-        """Look at the averaged `weights`, as far as it is due."""
-        self.shown.load_state_dict(gathered(weights))
+    def take(self, done: int, scheduled: bool, averages: Mapping[str, Tensor], progress: ProgressLog) -> None:
+        """Draw and measure samples of the `averages` of weights, whatever is due."""
+        self.shown.load_state_dict(gathered(self.network.state_dict() | averages))
         if self._draws(done, scheduled) and self.processes.is_main:
             progress.picture(done, "samples", self.picture.draw(self.shown))
         if self._measures(done):
