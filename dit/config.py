@@ -186,7 +186,7 @@ class DiTEvaluationConfig:
     allow_mismatch: bool = False
     """Compare even if the reference has another crop, and record it in the result."""
     cache: str | None = None
-    """Folder for statistics of real images, measured once; null: ckpt_dir/cache/statistics."""
+    """Folder for statistics of real images, measured once; null: ~/.cache/ssdd/fidelity."""
     classifier: str | None = None
     """File that `ssdd/main.py task=classifier` wrote on real images: counts how often it sees the requested class."""
     baseline_numbers: int | None = None

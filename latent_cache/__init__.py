@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from latent_cache.read.dataset import LatentDataset
-from latent_cache.read.streaming import StreamingLatents
+from latent_cache.read.shard_order import ShardOrder
+from latent_cache.read.streaming import Download, StreamingLatents
 from latent_cache.read.webdataset_pipeline import decode_sample, open_webdataset
 
-__all__ = ["LatentDataset", "StreamingLatents", "decode_sample", "open_webdataset"]
+__all__ = ["Download", "LatentDataset", "ShardOrder", "StreamingLatents", "decode_sample", "open_webdataset"]

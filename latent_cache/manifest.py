@@ -66,6 +66,12 @@ def parse_manifest(data: bytes, path: Path | str) -> dict:
     return manifest
 
 
+def check_split(manifest: dict, split: str, where: object) -> None:
+    """UserError unless the cache at `where` has this split."""
+    if split not in manifest["splits"]:
+        raise UserError(f"the cache {where} has no split {split!r}, only {', '.join(manifest['splits'])}")
+
+
 def settings_of(manifest: dict) -> dict:
     """The settings that a finished cache was built with."""
     splits = {

@@ -9,6 +9,8 @@ from ssdd.engine.ema import EmaConfig
 from ssdd.engine.precision import PRECISIONS
 from ssdd.engine.schema import with_keys
 from ssdd.engine.training_keys import TrainingKeys
+from ssdd.fidelity.pixel_metrics import PIXEL_METRICS
+from ssdd.fidelity.set_metrics import SET_METRICS
 from ssdd.images.sources import DatasetConfig
 from ssdd.losses.distillation import LATENTS
 from ssdd.losses.image_losses import IMAGE_LOSSES
@@ -16,12 +18,16 @@ from ssdd.losses.perceptual import PERCEPTUAL_METRICS
 from ssdd.losses.repa import DINOV2_BASE
 from ssdd.model.decoder_families import decoder_names
 
-PIXEL_METRICS = ("PSNR", "PSNR_pooled", "SSIM", "MSE", "MAE")
+
+def decisive_metrics() -> list[str]:
+    """What the best checkpoint may be selected by: metrics of which more, or less, is better."""
+    of_pixels = [name for name, metric in PIXEL_METRICS.items() if metric.better in ("↑", "↓")]
+    return ["FID", *of_pixels, *PERCEPTUAL_METRICS]
 
 
-def metric_names() -> list[str]:
-    """Metrics of an evaluation."""
-    return ["FID", *PIXEL_METRICS, *PERCEPTUAL_METRICS]
+def measured_metrics() -> list[str]:
+    """What evaluation.metrics may name."""
+    return ["auto", *decisive_metrics(), *SET_METRICS]
 
 
 @dataclass
@@ -163,7 +169,7 @@ class TrainingConfig(TrainingKeys):
     for task=eval auto is no unless SSDD_PRECISION is set."""
     eval_freq: int = 4
     """Epochs between evaluations; 0 disables evaluation."""
-    save_on_best: str = field(default="FID", metadata={"choices": metric_names})
+    save_on_best: str = field(default="FID", metadata={"choices": decisive_metrics})
     """Metric that selects the `best` checkpoint; PSNR is used if it was not measured, or if FID has fewer than ten
     images per feature dimension (20480)."""
     save_every: int = 5_000
@@ -181,11 +187,9 @@ class EvaluationConfig:
     """Step counts to evaluate; empty takes ssdd.fm_sampler.steps."""
     decoders: list[str] = field(default_factory=list)
     """Rows to evaluate side by side, each `name:checkpoint reference:steps`; empty takes ssdd.checkpoint."""
-    metrics: list[str] = field(
-        default_factory=lambda: ["auto"], metadata={"choices": lambda: ["auto", *metric_names()]}
-    )
-    """Metrics besides the pixel metrics, which are always measured; auto: all whose weights are found. The weights
-    of a metric that is named must be found. FID selects the network inception."""
+    metrics: list[str] = field(default_factory=lambda: ["auto"], metadata={"choices": measured_metrics})
+    """Metrics besides those of pixels, and of sets on the networks of `features`, which are always measured; auto: all
+    whose weights are found. The weights of a metric that is named must be found. FID selects the network inception."""
     features: list[str] = field(default_factory=lambda: ["auto"])
     """Networks of the distances: inception, efficientnet_lite0, dinov2, clip, timm/MODEL, classifier:FILE; auto takes
     those of the first two whose weights are found."""

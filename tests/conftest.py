@@ -9,13 +9,24 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from tests.small_tokenizer import config, tokenizer
+
+__all__ = ["config", "tokenizer"]  # fixtures of many folders
+
 torch.set_num_threads(1)  # tests compare bits: the order of a sum must not depend on the machine
+
+CACHE = tempfile.TemporaryDirectory(prefix="ssdd-tests-")
+"""In place of the home's: tests neither find statistics of real images that others measured, nor leave any."""
+homes = {"TORCH_HOME": torch.hub._get_torch_home(), "HF_HOME": os.path.expanduser("~/.cache/huggingface")}
+os.environ.update({**homes, **os.environ, "XDG_CACHE_HOME": CACHE.name})
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

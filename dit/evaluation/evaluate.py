@@ -17,8 +17,8 @@ from torch import Tensor
 from dit.config import DiTConfig, DiTEvaluationConfig
 from dit.evaluation.generation_gap import KERNEL, Gap
 from dit.evaluation.latent_sets import SampleSet, decoded, generator_of, images_behind, open_samples, request_of
-from dit.evaluation.measured_sets import Export, Images, ImageSetFolder, Measuring
-from dit.evaluation.real_images import ForeignReference, RealImages, check_treatment, labels_of
+from dit.evaluation.measured_sets import Export, ImageSetFolder, MadeImages, Measuring
+from dit.evaluation.reference import check_treatment, described, labels_of, measured, open_reference
 from dit.evaluation.sweep import Sweep
 from dit.evaluation.tables import table
 from ssdd.engine.devices import choose_kernels, peak_memory
@@ -35,6 +35,7 @@ from ssdd.fidelity.features import automatic_without_weights, load_networks
 from ssdd.fidelity.judge import SmallClassifier
 from ssdd.fidelity.moments import Statistics
 from ssdd.fidelity.neighbours import copy_rate
+from ssdd.fidelity.split_images import SplitImages
 from ssdd.images.batches import read_split
 from ssdd.images.pixels import grid
 from ssdd.images.sources import open_source
@@ -71,12 +72,9 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     if options.features and not networks:
         raise UserError("no weights of a feature network were found; name one in evaluation.features")
     out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
-    cache = Path(options.cache) if options.cache else Path(cfg.ckpt_dir) / "cache" / "statistics"
     of_real = Measuring(networks, processes, precision, options.batch_size, options.kept_features)
     of_samples = replace(of_real, kept=max(options.kept_features, KEPT_SAMPLES))
-    reference = (
-        ForeignReference(cfg, of_real, cache) if options.reference else RealImages(cfg.dataset, "train", of_real, cache)
-    )
+    reference = open_reference(cfg, networks)
 
     mismatch = check_treatment(cfg, images_behind(cfg), reference)
     samples = open_samples(cfg, rows)
@@ -86,12 +84,11 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     held_out = None
     if options.held_out:  # the floor of a distance is that of as many real images
         as_many = replace(cfg.dataset, limit=min(len(samples), cfg.dataset.limit or len(samples)))
-        held_out = RealImages(as_many, "val", of_real, cache)
+        held_out = SplitImages(as_many, "val")
 
     # All processes: make and measure the sets.
-    reference.measure()
-    if held_out:
-        held_out.measure()
+    of_reference = measured(reference, networks, processes, options)
+    of_held_out = measured(held_out, networks, processes, options) if held_out else {}
     judged = {"judge": sha256_file(Path(options.classifier)) if judge else None}
     shown = _first_of_each_class(samples.labels)
     seed = cfg.sampling.seed
@@ -125,8 +122,8 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         "measured": measured_by(device),
         "samples": samples.description,
         "labels": labels_of(samples.labels, samples.description),
-        "reference": reference.describe(),
-        "held_out": held_out.describe() if held_out else None,
+        "reference": described(reference, options.kept_features),
+        "held_out": described(held_out, options.kept_features) if held_out else None,
         "rounding": ROUNDING,
         "decoders": {row.name: row.provenance() for row in rows},
         "features": {network.name: network.checksum for network in networks},
@@ -141,8 +138,6 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     for image_set in sets.values():
         image_set.finish()
     _speed(result["rows"], sets, rows, samples)
-    of_reference = reference.statistics()
-    of_held_out = held_out.statistics() if held_out else {}
     for network in networks:
         statistics = {name: image_set.statistics(network) for name, image_set in sets.items()}
         real = {REFERENCE: of_reference[network.name]}
@@ -207,13 +202,13 @@ def _baseline(
     numbers, seed = cfg.evaluation.baseline_numbers, cfg.sampling.seed
     drawn: list[Tensor] = []
 
-    def make(indices: range) -> Images:
+    def make(indices: range) -> MadeImages:
         began = time.perf_counter()
         if not drawn:
             images, labels, _ = read_split(cfg.dataset, "train")
             drawn.append(classwise_gaussian_samples(PixelPCA(images, numbers), images, labels, samples.labels, seed))
         own = drawn[0][indices.start : indices.stop]
-        return Images(own, torch.tensor(indices), time.perf_counter() - began)
+        return MadeImages(own, torch.tensor(indices), time.perf_counter() - began)
 
     request = {
         "baseline": numbers,
@@ -263,7 +258,7 @@ def _compare(
     if floor:
         result["floor"][network] = {**floor, "count": real[HELD_OUT].count}
         # A generator that copies its training images is closer to them than to others.
-        to_held_out = compare(sets | real, names, HELD_OUT, HELD_OUT, resamples, seed, with_precision=False)[0]
+        to_held_out = compare(sets | real, names, HELD_OUT, HELD_OUT, resamples, seed, slow=False)[0]
     for row in result["rows"]:
         scores = row["distances"][network] = compared[row["name"]]
         own = to_held_out.get(row["name"], {})
@@ -277,11 +272,11 @@ def _compare(
             scores["copy_rate_training_images"] = len(real[REFERENCE].features)
 
 
-def _smaller_floor(held_out: RealImages | None, count: int) -> str | None:
-    if held_out is None or len(held_out.dataset) >= count:
+def _smaller_floor(held_out: SplitImages | None, count: int) -> str | None:
+    if held_out is None or len(held_out) >= count:
         return None
     return (
-        f"the floor is that of {len(held_out.dataset)} held-out images: its Frechet distances have more "
+        f"the floor is that of {len(held_out)} held-out images: its Frechet distances have more "
         f"bias than those of {count} samples, and ratios to it are too favourable"
     )
 

@@ -13,9 +13,9 @@ from typing import Any
 from dit.config import DiTConfig
 from dit.evaluation.latent_sets import HeldOutLatents, decoded, request_of, with_noise
 from dit.evaluation.measured_sets import ImageSetFolder, Measuring
-from dit.evaluation.real_images import RealImages
 from ssdd.fidelity.compare import compare
 from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.split_images import SplitImages
 from ssdd.model.compared_decoders import Row
 from ssdd.model.latent import LatentNorm
 
@@ -32,7 +32,7 @@ class Gap:
         out: Path,
         rows: Sequence[Row],
         norms: Mapping[str, LatentNorm],
-        held_out: RealImages,
+        held_out: SplitImages,
         measuring: Measuring,
     ):
         self.cfg, self.rows, self.measuring = cfg, rows, measuring
@@ -86,7 +86,7 @@ class Gap:
         sets = {name: self.sets[row.name, level].statistics(network) for name, level in names.items()} | real
         resamples, seed = self.cfg.evaluation.resamples, self.cfg.sampling.seed
         to_originals = compare(sets, list(names), ORIGINALS, None, resamples, seed)[0]
-        to_reference = compare(sets, list(names), REFERENCE, REFERENCE, resamples, seed, with_precision=False)[0]
+        to_reference = compare(sets, list(names), REFERENCE, REFERENCE, resamples, seed, slow=False)[0]
         return [
             {
                 "noise": level,

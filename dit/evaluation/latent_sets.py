@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dit.config import DiTConfig
-from dit.evaluation.measured_sets import Images, Measuring
+from dit.evaluation.measured_sets import MadeImages, Measuring
 from dit.foreign_checkpoints import load_dit
 from dit.tasks import sample
 from ssdd.engine.checkpoint import resolve
@@ -26,6 +26,7 @@ from ssdd.engine.files import read_json, sha256_file
 from ssdd.engine.precision import Precision
 from ssdd.engine.random import indexed_noise
 from ssdd.engine.resumable import Chunks
+from ssdd.images.batches import read_batches
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.pixels import from_uint8, to_uint8
 from ssdd.model.compared_decoders import Row
@@ -141,14 +142,15 @@ class HeldOutLatents:
         if processes.is_main:
             self.chunks.prepare()
         processes.wait()
-        for chunk in self.chunks.missing(processes.rank, processes.world):
-            pixels, _, indices = zip(*(self.dataset[i] for i in chunk), strict=True)
+        missing = list(self.chunks.missing(processes.rank, processes.world))
+        keys = ([(0, index) for index in chunk] for chunk in missing)
+        read = read_batches(self.dataset, keys, self.dataset.cfg.reading_processes)
+        for chunk, (_, pixels, _, indices) in zip(missing, read, strict=True):
             began = time.perf_counter()
-            x = from_uint8(torch.stack(pixels).to(processes.device))
+            x = from_uint8(pixels.to(processes.device))
             with self.measuring.precision.autocast():
                 z_n = self.norm.normalise(self.tokenizer.encode(x).mode()).cpu()
-            tensors = {"z_n": z_n, "indices": torch.tensor(indices)}
-            self.chunks.save(chunk, tensors, time.perf_counter() - began)
+            self.chunks.save(chunk, {"z_n": z_n, "indices": indices}, time.perf_counter() - began)
         processes.wait()
 
     def rows(self, indices: range) -> tuple[Tensor, Tensor]:
@@ -166,11 +168,11 @@ def with_noise(rows: Rows, deviation: float, seed: int) -> Rows:
     return rows if deviation == 0 else noisy
 
 
-def decoded(row: Row, rows: Rows, norm: LatentNorm, seed: int, precision: Precision) -> Callable[[range], Images]:
+def decoded(row: Row, rows: Rows, norm: LatentNorm, seed: int, precision: Precision) -> Callable[[range], MadeImages]:
     """What a decoder makes of latents; only its own time is counted."""
 
     @torch.no_grad()
-    def make(indices: range) -> Images:
+    def make(indices: range) -> MadeImages:
         z_n, images = rows(indices)
         device = precision.device
         z = norm.denormalise(z_n.to(device))
@@ -181,7 +183,7 @@ def decoded(row: Row, rows: Rows, norm: LatentNorm, seed: int, precision: Precis
         with precision.autocast():
             pixels = to_uint8(row.tokenizer.decode(z, steps=row.steps, noise=noise))
         synchronize(device)
-        return Images(pixels, images, time.perf_counter() - began)
+        return MadeImages(pixels, images, time.perf_counter() - began)
 
     return make
 

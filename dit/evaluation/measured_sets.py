@@ -23,12 +23,12 @@ from ssdd.engine.processes import Processes
 from ssdd.engine.resumable import Chunks, WorkRecord
 from ssdd.fidelity.features import FeatureNetwork, Outputs
 from ssdd.fidelity.judge import SmallClassifier
-from ssdd.fidelity.measure import Collected, drawn_indices
+from ssdd.fidelity.measure import SetStatistics, kept_of, observe
 from ssdd.fidelity.moments import Statistics
 from ssdd.fidelity.statistics import load_statistics, save_statistics
 
 
-class Images(NamedTuple):
+class MadeImages(NamedTuple):
     """A chunk of a set."""
 
     pixels: Tensor  # uint8 [n, 3, H, W]
@@ -74,7 +74,7 @@ class ImageSetFolder:
         folder: Path,
         request: dict[str, Any],
         count: int,
-        make: Callable[[range], Images],
+        make: Callable[[range], MadeImages],
         measuring: Measuring,
         judge: SmallClassifier | None = None,
         labels: Tensor | None = None,
@@ -136,10 +136,10 @@ class ImageSetFolder:
         if self.export and self.export.png:
             shutil.rmtree(self.export.png, ignore_errors=True)
 
-    def _observed(self, chunk: range, images: Images) -> dict[str, Tensor]:
+    def _observed(self, chunk: range, images: MadeImages) -> dict[str, Tensor]:
         tensors = {"indices": images.indices}
-        for number, network in enumerate(self.measuring.networks):
-            outputs = network.outputs(images.pixels.to(self.measuring.processes.device))
+        on_device = images.pixels.to(self.measuring.processes.device)
+        for number, outputs in enumerate(observe(on_device, self.measuring.networks)):
             tensors |= {f"{number}.{key}": part for key, part in outputs._asdict().items() if part is not None}
         pixels = images.pixels.cpu()
         if self.judge is not None:
@@ -154,20 +154,22 @@ class ImageSetFolder:
         if self.finished:
             return
         networks, device = self.measuring.networks, self.measuring.processes.device
-        kept = True if self.count <= self.measuring.kept else drawn_indices(self.count, self.measuring.kept)
-        collected = [Collected(network, kept) for network in networks]
+        collected = SetStatistics(networks, kept_of(self.count, self.measuring.kept))
         parts: dict[str, list[Tensor]] = {"shown": [], "shown_indices": [], "correct": []}
         for chunk in self.chunks.ranges:
             tensors = self.chunks.load(chunk)
-            for number, network_s in enumerate(collected):
-                outputs = (tensors.get(f"{number}.{key}") for key in Outputs._fields)
-                on_device = (None if part is None else part.to(device) for part in outputs)
-                network_s.update(Outputs(*on_device), tensors["indices"])
+            on_device = {key: part.to(device) for key, part in tensors.items()}
+            of_networks = (
+                Outputs(*(on_device.get(f"{number}.{key}") for key in Outputs._fields))
+                for number in range(len(networks))
+            )
+            collected.add(list(of_networks), tensors["indices"])
             for key, rows in parts.items():
                 rows += [tensors[key]] if key in tensors else []
+        statistics = collected.compute()
         for number, network in enumerate(networks):
             provenance = network.provenance() | {"crop": "none", "size": None} | self.request
-            save_statistics(self._statistics(number), collected[number].compute(), provenance)
+            save_statistics(self._statistics(number), statistics[network.name], provenance)
         shown = {key: torch.cat(parts[key]) for key in ("shown", "shown_indices")}
         save_tensors(self.folder / "shown.safetensors", shown)
         if self.export and self.export.npz:

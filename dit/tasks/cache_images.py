@@ -15,39 +15,45 @@ from ssdd.engine.errors import UserError
 from ssdd.images.batches import read_batches
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.pixels import from_uint8
-from ssdd.images.sources import DatasetConfig, open_source
+from ssdd.images.sources import DatasetConfig, ImageSource, open_source
 
 DESCRIBED = ("source", "im_size", "crop")
 
 
-class CacheImages:
-    """The train split's images of a cache, resized and cropped as its encoder saw them.
+def source_of(cfg: DatasetConfig, cache: LatentDataset | StreamingLatents) -> ImageSource:
+    """The train split that a cache was built from.
 
     UserError, before any image is read, when the keys of `dataset` describe other images than the manifest does, or the
     manifest records none, as for an imported cache.
     """
+    recorded, entry = cache.manifest["dataset"], cache.manifest["splits"]["train"]
+    if (peer := cache.manifest["encoding"].get("imported_from")) is not None:
+        raise UserError(
+            f"the cache was imported from {peer}, and its images are not known: set losses.repa=0 "
+            "and training.fidelity_every=0, or build a cache of the images"
+        )
+    wrong = [key for key in DESCRIBED if getattr(cfg, key) != recorded[key]]
+    if wrong:
+        wanted = " ".join(f"dataset.{key}={recorded[key]}" for key in wrong)
+        given = " ".join(f"dataset.{key}={getattr(cfg, key)}" for key in wrong)
+        raise UserError(f"the cache was built from other images than {given}: set {wanted}")
+    source = open_source(cfg, "train")
+    if source.fingerprint() != entry["fingerprint"]:
+        raise UserError(
+            f"the {len(source)} images of dataset.source={cfg.source} are not the {entry['count']} that the cache "
+            "was built from (their fingerprint differs): give the dataset.root and dataset.limit of the build"
+        )
+    return source
+
+
+class CacheImages:
+    """The train split's images of a cache, resized and cropped as its encoder saw them. UserError as `source_of`."""
 
     def __init__(self, cfg: DatasetConfig, cache: LatentDataset | StreamingLatents):
-        recorded, entry = cache.manifest["dataset"], cache.manifest["splits"]["train"]
-        if (peer := cache.manifest["encoding"].get("imported_from")) is not None:
-            raise UserError(
-                f"the cache was imported from {peer}, and its images are not known: set losses.repa=0 "
-                "and training.fidelity_every=0, or build a cache of the images"
-            )
-        wrong = [key for key in DESCRIBED if getattr(cfg, key) != recorded[key]]
-        if wrong:
-            wanted = " ".join(f"dataset.{key}={recorded[key]}" for key in wrong)
-            given = " ".join(f"dataset.{key}={getattr(cfg, key)}" for key in wrong)
-            raise UserError(f"the cache was built from other images than {given}: set {wanted}")
-        source = open_source(cfg, "train")
-        if source.fingerprint() != entry["fingerprint"]:
-            raise UserError(
-                f"the {len(source)} images of dataset.source={cfg.source} are not the {entry['count']} that the cache "
-                "was built from (their fingerprint differs): give the dataset.root and dataset.limit of the build"
-            )
+        source, skipped = source_of(cfg, cache), cache.manifest["splits"]["train"]["skipped"]
         self.cache, self.workers = cache, cfg.reading_processes
         self.dataset = ImageDataset(source, replace(cfg, on_corrupt="error"), train=False)
-        self.numbers = np.setdiff1d(np.arange(len(source)), entry["skipped"])  # sample of the cache -> of the source
+        self.numbers = np.setdiff1d(np.arange(len(source)), skipped)  # sample of the cache -> of the source
 
     def batches(
         self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1

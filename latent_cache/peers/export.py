@@ -61,19 +61,19 @@ def export(cfg: ExportConfig) -> str:
     UserError for what the format needs and the cache lacks, for a folder that already exists and for a disk too small.
     """
     cache = LatentDataset(cfg.cache, cfg.split)
-    peer = FORMATS[cfg.format]
+    layout = FORMATS[cfg.format]
     values = values_norm(cfg, cache)
-    if peer.both_views and not cache.has_flips and cfg.flips == "stored":
+    if layout.both_views and not cache.has_flips and cfg.flips == "stored":
         raise UserError(
             f"format={cfg.format} holds mirrored latents, the cache {cfg.cache} does not: build it with "
             "views.flip=true, or pass flips=repeat to train without mirrors"
         )
-    if peer.posteriors and not cache.has_moments:
+    if layout.posteriors and not cache.has_moments:
         log.warning("the cache holds posterior means only: deviations are written as 0 (content=moments has them)")
-    needed = peer.size(cache.latent_shape, len(cache))
-    told = f"{len(cache)} latents of {cfg.split} as {cfg.format}, {needed} bytes"
+    needed = layout.size(cache.latent_shape, len(cache))
+    summary = f"{len(cache)} latents of {cfg.split} as {cfg.format}, {needed} bytes"
     if cfg.dry_run:
-        return f"{cfg.out}: {told}; nothing was written"
+        return f"{cfg.out}: {summary}; nothing was written"
     origin, out = origin_of(cfg, cache, values), Path(os.path.abspath(cfg.out))
     partial = out.with_name(f"{out.name}.partial")
     with clear_disk_errors(out):
@@ -86,7 +86,7 @@ def export(cfg: ExportConfig) -> str:
                     _write(cfg, cache, values, partial)
                     os.sync()
                     put(partial, out)
-    return f"{cfg.out}: {told}"
+    return f"{cfg.out}: {summary}"
 
 
 def values_norm(cfg: ExportConfig, cache: LatentDataset) -> LatentNorm:
@@ -143,17 +143,17 @@ def _open(partial: Path, origin: dict, needed: int) -> None:
 
 
 def _write(cfg: ExportConfig, cache: LatentDataset, values: LatentNorm, folder: Path) -> None:
-    peer, labels = FORMATS[cfg.format], cache.labels
+    layout, labels = FORMATS[cfg.format], cache.labels
     with tqdm(total=len(cache), desc="export", unit="latent", mininterval=1.0) as bar:
-        for number, start in enumerate(range(0, len(cache), peer.block)):
-            indices = range(start, min(start + peer.block, len(cache)))
+        for number, start in enumerate(range(0, len(cache), layout.block)):
+            indices = range(start, min(start + layout.block, len(cache)))
             samples = Samples(number, indices, labels[start : indices.stop], cache.class_names)
-            paths = [folder / name for name in peer.names(samples)]
+            paths = [folder / name for name in layout.names(samples)]
             if not all(path.is_file() for path in paths):
-                peer.write(paths, _block(cache, samples, values), cfg.seed)
+                layout.write(paths, _block(cache, samples, values), cfg.seed)
             bar.update(len(indices))
-    if peer.finish is not None:
-        peer.finish(folder, labels, cache.class_names, cache.norm)
+    if layout.finish is not None:
+        layout.finish(folder, labels, cache.class_names, cache.norm)
 
 
 def _block(cache: LatentDataset, samples: Samples, values: LatentNorm) -> Block:

@@ -17,12 +17,14 @@ FORMATS: dict[str, PeerFormat] = {
 
 def readable() -> list[str]:
     """The formats that `import` reads."""
-    return [name for name, peer in FORMATS.items() if peer.open is not None]
+    return [name for name, layout in FORMATS.items() if layout.open is not None]
 
 
 def export_help() -> str:
     """What the command `export` does, and what each format holds."""
-    formats = [f"{name}: {peer.holds} ({', '.join(f'{key}=' for key in peer.keys)})" for name, peer in FORMATS.items()]
+    formats = [
+        f"{name}: {layout.holds} ({', '.join(f'{key}=' for key in layout.keys)})" for name, layout in FORMATS.items()
+    ]
     return f"Write a cache in the layout of {_projects(FORMATS)}. Formats and their own keys: {'; '.join(formats)}."
 
 

@@ -67,7 +67,9 @@ class Origin:
     dataset: dict
     classes: list[str]
     values: LatentNorm | None = None
+    """What normalises the latents that were read, where that is known and is not `norm`."""
     norm: LatentNorm | None = None
+    """The statistics of the cache that they were exported from; computed again where there are none."""
 
 
 def import_latents(cfg: ImportConfig) -> dict:
@@ -84,9 +86,9 @@ def import_latents(cfg: ImportConfig) -> dict:
 def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
     """The latents and their origin. UserError where they do not agree with each other or with the keys."""
     check_regular(source / ORIGIN)
-    told = read_json(source / ORIGIN) if (source / ORIGIN).is_file() else None
-    if told is not None:
-        if told.get("format") != ORIGIN_FORMAT or told.get("version") != VERSION or told["layout"] != cfg.format:
+    record = read_json(source / ORIGIN) if (source / ORIGIN).is_file() else None
+    if record is not None:
+        if record.get("format") != ORIGIN_FORMAT or record.get("version") != VERSION or record["layout"] != cfg.format:
             raise UserError(f"{source / ORIGIN} is not that of an export with format={cfg.format} that this code reads")
         if cfg.scaling_factor is not None:
             raise UserError(f"scaling_factor={cfg.scaling_factor}: leave it out, {source / ORIGIN} records the scale")
@@ -97,9 +99,9 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
     peer = layout.open(source)
     if not peer.count:
         raise UserError(f"{source} holds no latents: its files are empty")
-    if told is not None and told["count"] != peer.count:
-        raise UserError(f"{source} holds {peer.count} latents, its {ORIGIN} records {told['count']}: export it again")
-    classes = told["classes"] if told is not None else [str(label) for label in range(int(peer.labels.max()) + 1)]
+    if record is not None and record["count"] != peer.count:
+        raise UserError(f"{source} holds {peer.count} latents, its {ORIGIN} records {record['count']}: export it again")
+    classes = record["classes"] if record is not None else [str(label) for label in range(int(peer.labels.max()) + 1)]
     if cfg.classes is not None:
         classes = classes if len(classes) == cfg.classes else [str(label) for label in range(cfg.classes)]
     if peer.labels.min() < 0 or peer.labels.max() >= len(classes):
@@ -108,7 +110,7 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
         )
     channels, height, width = peer.shape[0] // (2 if peer.content == "moments" else 1), *peer.shape[1:]
     named = _named_tokenizer(cfg, channels)
-    if told is None:
+    if record is None:
         peer = _unscaled(peer, channels, factor)
         stride = named.pop("stride", None)
         dataset = {
@@ -119,11 +121,11 @@ def identify(cfg: ImportConfig, source: Path) -> tuple[PeerLatents, Origin]:
         }
         return peer, Origin(named | {"origin": cfg.format}, dataset, classes)
     named.pop("stride", None)
-    tokenizer = told["tokenizer"] if named["fingerprint"] == UNKNOWN_ENCODER else named
-    stats = told["z_stats"] | {"fingerprint": tokenizer["fingerprint"]}
+    tokenizer = record["tokenizer"] if named["fingerprint"] == UNKNOWN_ENCODER else named
+    stats = record["z_stats"] | {"fingerprint": tokenizer["fingerprint"]}
     stats |= {name: torch.tensor(stats[name]) for name in ("mean", "std")}
-    values = LatentNorm.of(told["values"]["mean"], told["values"]["std"])
-    return peer, Origin(tokenizer, told["dataset"], classes, values, LatentNorm(**stats))
+    values = LatentNorm.of(record["values"]["mean"], record["values"]["std"])
+    return peer, Origin(tokenizer, record["dataset"], classes, values, LatentNorm(**stats))
 
 
 def _unscaled(peer: PeerLatents, channels: int, factor: float) -> PeerLatents:
@@ -189,7 +191,7 @@ def store(root: Path, settings: dict, peer: PeerLatents, origin: Origin, overwri
         with lock_of(root) as lock:
             lock.claim("another build")
             if not folder.open(overwrite, any_device=False):
-                _read(folder, peer, alone)
+                _store_raw_rows(folder, peer, alone)
                 norm = origin.norm or statistics_of(folder)
                 normalise_shards(
                     folder, alone, lambda job: peer.labels[np.asarray(job.samples)], norm, rows_norm=origin.values
@@ -197,8 +199,8 @@ def store(root: Path, settings: dict, peer: PeerLatents, origin: Origin, overwri
     return load_manifest(root)
 
 
-def _read(folder: CacheFolder, peer: PeerLatents, alone: Processes) -> None:
-    """First pass: raw rows and their statistics."""
+def _store_raw_rows(folder: CacheFolder, peer: PeerLatents, alone: Processes) -> None:
+    """First pass: rows as they were read, and their statistics."""
     left = [job for job in folder.jobs if not folder.is_encoded(job)]
     with progress("read", folder.jobs, left, alone) as update:
         for job in left:

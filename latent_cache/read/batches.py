@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,15 +41,26 @@ class Step:
         return self.schedule[self.number]
 
 
+def _seed_alone(batch_size: int) -> dict[str, int]:
+    return {}
+
+
 class BatchSequence:
     """The batches of `latents`, and where their newest iterator stands.
 
-    order(seed, epoch, batch_size): the samples of an epoch in order, int64 [len(latents)]. noise: draw that of
-    posterior samples, where the cache has posteriors.
+    order(seed, epoch, batch_size): the samples of an epoch in order, int64 [len(latents)]. arrangement(batch_size):
+    what that order depends on besides the seed, if anything; a state to continue from must have been saved with the
+    same. noise: draw that of posterior samples, where the cache has posteriors.
     """
 
-    def __init__(self, latents: Latents, order: Callable[[int, int, int], np.ndarray], noise: bool = True) -> None:
-        self.latents, self.order = latents, order
+    def __init__(
+        self,
+        latents: Latents,
+        order: Callable[[int, int, int], np.ndarray],
+        arrangement: Callable[[int], dict[str, int]] = _seed_alone,
+        noise: bool = True,
+    ) -> None:
+        self.latents, self.order, self.arrangement = latents, order, arrangement
         self.noisy = noise and latents.has_moments
         self.state = {"seed": 0, "epoch": 0, "position": 0}
         self.resumes = False  # the next iterator continues at `state`
@@ -61,21 +72,17 @@ class BatchSequence:
 
     def run(
         self,
-        read: Callable[[Step], Batch],
+        read: Callable[[Step], Any],
         batch_size: int,
         seed: int = 0,
         start_step: int | None = None,
         rank: int = 0,
         world: int = 1,
-        arrangement: dict[str, int] | None = None,
-    ) -> Iterator[Batch]:
-        """What `read` makes of every step; the arguments are those of `LatentDataset.batches`.
-
-        arrangement: what `order` depends on besides, which a state to continue from must have been saved with.
-        """
+    ) -> Iterator[Any]:
+        """What `read` makes of every step; the arguments are those of `LatentDataset.batches`."""
+        arrangement = {"seed": seed, **self.arrangement(batch_size)}
         if batch_size < 1 or batch_size % world:
             raise UserError(f"batch_size={batch_size} can't be divided over {world} processes")
-        arrangement = {"seed": seed, **(arrangement or {})}
         epoch = position = 0
         if start_step is not None:
             epoch, step = divmod(start_step, max(len(self.latents) // batch_size, 1))
@@ -87,6 +94,13 @@ class BatchSequence:
         self.resumes = False
         self.state = {"epoch": epoch, "position": position, **arrangement}
         return self._run(read, batch_size, arrangement, epoch, position, rank, world)
+
+    def steps(
+        self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
+    ) -> Iterator[Step]:
+        """What `run` of the same arguments would read, without noise; leaves `state` alone."""
+        silent = BatchSequence(self.latents, self.order, self.arrangement, noise=False)
+        return silent.run(lambda step: step, batch_size, seed, start_step, rank, world)
 
     def _check(self, arrangement: dict[str, int]) -> None:
         """UserError unless `state` was saved with the same arrangement."""
@@ -109,14 +123,14 @@ class BatchSequence:
 
     def _run(
         self,
-        read: Callable[[Step], Batch],
+        read: Callable[[Step], Any],
         batch_size: int,
         arrangement: dict[str, int],
         epoch: int,
         position: int,
         rank: int,
         world: int,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Any]:
         seed, own = arrangement["seed"], slice(rank * (batch_size // world), (rank + 1) * (batch_size // world))
         while True:
             schedule = self.schedule(batch_size, seed, epoch, position, rank, world)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_cache.manifest import STATISTICS, layout_of, load_manifest, shard_ranges
+from latent_cache.manifest import STATISTICS, check_split, layout_of, load_manifest, shard_ranges
 from latent_cache.read.batches import Batch, BatchSequence, Step
 from latent_cache.shard import Shard, shard_name
 from latent_cache.verify import split_problems, statistics_problems
@@ -17,7 +17,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.random import random_state
 from ssdd.model.latent import DiagonalGaussian, LatentNorm
 
-Rows = Sequence[int] | np.ndarray | Tensor
+Indices = Sequence[int] | np.ndarray | Tensor
 VERIFY = ("none", "quick", "full")
 CHUNK = 1024  # samples that are copied together to where they are pre-loaded
 
@@ -46,8 +46,7 @@ class LatentDataset(torch.utils.data.Dataset):
             raise UserError(f"verify={verify}: expected one of {', '.join(VERIFY)}")
         self.path, self.split = Path(path), split
         self.manifest = load_manifest(path)
-        if split not in self.manifest["splits"]:
-            raise UserError(f"the cache {path} has no split {split!r}, only {', '.join(self.manifest['splits'])}")
+        check_split(self.manifest, split, path)
         if verify != "none":
             problems = [
                 *statistics_problems(self.path, self.manifest),
@@ -60,7 +59,7 @@ class LatentDataset(torch.utils.data.Dataset):
         self.class_names: list[str] = self.manifest["classes"]
         self.has_flips = "flip.npy" in self.manifest["views"]
         self.has_moments = self.manifest["content"] == "moments"
-        self.samples = shard_ranges(self.manifest, split)
+        self.shard_samples = shard_ranges(self.manifest, split)  # the sample indices of each shard
         self._layout = layout_of(self.manifest)
         self._mapped: dict[int, Shard] = {}
         self._labels = np.full(len(self), -1, dtype=np.int64)  # of the shards that were mapped so far
@@ -71,7 +70,7 @@ class LatentDataset(torch.utils.data.Dataset):
         """Shard `number` of this split, mapped at its first use."""
         if number not in self._mapped:
             path = self.path / self.split / f"{shard_name(number)}.tar"
-            shard = self._mapped[number] = Shard(path, self._layout, self.samples[number])
+            shard = self._mapped[number] = Shard(path, self._layout, self.shard_samples[number])
             self._labels[shard.samples.start : shard.samples.stop] = shard.labels()
         return self._mapped[number]
 
@@ -92,7 +91,7 @@ class LatentDataset(torch.utils.data.Dataset):
                 f"preload={where}: {np.prod(shape) * 2 / 1e9:.1f} GB of latents can't be loaded there "
                 f"({str(error).splitlines()[0]}): leave preload out to map the files"
             ) from None
-        for number, samples in enumerate(self.samples):
+        for number, samples in enumerate(self.shard_samples):
             for view, stored in enumerate(self.shard(number).views):
                 for start in range(0, len(samples), CHUNK):
                     part = torch.from_numpy(np.array(stored[start : start + CHUNK]))
@@ -118,7 +117,7 @@ class LatentDataset(torch.utils.data.Dataset):
     def labels(self) -> np.ndarray:
         """Class of every sample: int64 [len(ds)]."""
         if self._rows is None:
-            for number in range(len(self.samples)):
+            for number in range(len(self.shard_samples)):
                 self.shard(number)
         return self._labels
 
@@ -133,10 +132,10 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def gather(
         self,
-        indices: Rows,
+        indices: Indices,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
-        flipped: Rows | None = None,
+        flipped: Indices | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Samples `indices` in that order: (latents float32 [n, C, h, w], labels int64 [n]).
 
@@ -196,8 +195,7 @@ class LatentDataset(torch.utils.data.Dataset):
         self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[Step]:
         """What `batches` of the same arguments would read, without noise, for data that accompanies the latents."""
-        sequence = BatchSequence(self, self._order, noise=False)
-        return sequence.run(lambda step: step, batch_size, seed, start_step, rank, world)
+        return self._sequence.steps(batch_size, seed, start_step, rank, world)
 
     def read(self, step: Step) -> Batch:
         """The batch of one step."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from latent_cache.manifest import MANIFEST, STATISTICS, load_manifest
+from latent_cache.manifest import MANIFEST, STATISTICS, check_split, load_manifest
 from latent_cache.shard import shard_name
 from ssdd.engine.errors import UserError, full_disk
 from ssdd.engine.files import remove_leftovers, write_atomic, write_json
@@ -146,8 +146,7 @@ def _open_folder(remote: RemoteFolder, folder: Path, split: str) -> list[dict]:
 
 
 def _put_small_files(remote: RemoteFolder, folder: Path, manifest: dict, split: str) -> None:
-    if split not in manifest["splits"]:
-        raise UserError(f"the cache {remote.url} has no split {split!r}, only {', '.join(manifest['splits'])}")
+    check_split(manifest, split, remote.url)
     if not (folder / STATISTICS).is_file():
         statistics = remote.read(STATISTICS)
         if hashlib.sha256(statistics).hexdigest() != manifest[STATISTICS]["sha256"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,27 @@ import torch
 from torch import Tensor
 
 from latent_cache.read.batches import Batch, BatchSequence, Step
-from latent_cache.read.dataset import LatentDataset, Rows
+from latent_cache.read.dataset import Indices, LatentDataset
 from latent_cache.read.shard_copies import ShardFetcher
+from latent_cache.read.shard_order import ShardOrder
 from ssdd.engine.errors import UserError
-from ssdd.engine.random import random_state
 from ssdd.engine.remote import RemoteFolder
+
+
+@dataclass(frozen=True)
+class Download:
+    """How shards are downloaded."""
+
+    cache_bytes: int | None = None
+    """Most that the split's shards may take in `cache_dir`, for all processes of the machine; None keeps all."""
+    threads: int = 4
+    """Shards that a process downloads at the same time."""
+    storage_options: dict[str, Any] | None = None
+    """Keyword arguments of the fsspec file system."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise UserError(f"threads={self.threads}: expected a positive number")
 
 
 class StreamingLatents(torch.utils.data.IterableDataset):
@@ -27,12 +44,9 @@ class StreamingLatents(torch.utils.data.IterableDataset):
     workers, each of which gets equally many. Workers know neither of earlier epochs, for which there is `set_epoch`,
     nor of each other's `state_dict`. `batches` is several times as fast and needs no workers.
 
-    url: any that fsspec knows, or a path; storage_options are fsspec's. shuffle: an epoch takes the shards in an order
-    that depends on (seed, epoch) alone and shuffles the samples of `window` shards together; without it, samples come
-    in their own order. A cache whose source is sorted by class wants a wide window. parts: an epoch's samples are cut
-    into so many runs of shards, of which every batch takes equally many samples: with as many as there are machines,
-    each downloads its own. cache_bytes: most that the split's shards may take in `cache_dir`, for all processes of the
-    machine; None keeps all. UserError for anything that is wrong, also in mid-epoch when a shard can't be fetched.
+    url: any that fsspec knows, or a path. seed: of the order when iterating. order, download: their defaults if None.
+    fingerprint: as in `LatentDataset`. UserError for anything that is wrong, also in mid-epoch when a shard can't be
+    fetched.
     """
 
     def __init__(
@@ -42,38 +56,32 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         *,
         cache_dir: str | Path,
         seed: int = 0,
-        shuffle: bool = True,
-        window: int = 16,
-        parts: int = 1,
-        cache_bytes: int | None = None,
-        threads: int = 4,
+        order: ShardOrder | None = None,
+        download: Download | None = None,
         fingerprint: str | None = None,
-        storage_options: dict[str, Any] | None = None,
     ) -> None:
-        for name, value in {"window": window, "parts": parts, "threads": threads}.items():
-            if value < 1:
-                raise UserError(f"{name}={value}: expected a positive number")
-        self._fetcher = ShardFetcher(RemoteFolder(url, storage_options), Path(cache_dir), split, cache_bytes, threads)
+        order, download = order or ShardOrder(), download or Download()
+        remote = RemoteFolder(url, download.storage_options)
+        self._fetcher = ShardFetcher(remote, Path(cache_dir), split, download.cache_bytes, download.threads)
         self._local = LatentDataset(cache_dir, split, verify="none", fingerprint=fingerprint)
-        self.url, self.seed, self.shuffle, self.window, self.parts = url, seed, shuffle, window, parts
+        self.url, self.seed, self.order = url, seed, order
         self.manifest, self.norm, self.class_names = self._local.manifest, self._local.norm, self._local.class_names
         self.has_flips, self.has_moments = self._local.has_flips, self._local.has_moments
         self.latent_shape, self.num_classes = self._local.latent_shape, self._local.num_classes
-        self.samples = len(self._local)
-        self._sequence = BatchSequence(self._local, self._order)
+        self._sequence = BatchSequence(self._local, self._samples_in_order, order.arrangement)
         self._next_epoch = 0
 
     def gather(
         self,
-        indices: Rows,
+        indices: Indices,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
-        flipped: Rows | None = None,
+        flipped: Indices | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `LatentDataset.gather`; downloads the shards that it needs one after the other."""
         indices = np.asarray(indices, dtype=np.int64)
         for number in np.unique(indices // self.manifest["samples_per_shard"]).tolist():
-            if 0 <= number < len(self._local.samples):
+            if 0 <= number < len(self._local.shard_samples):
                 self._map(number)
         return self._local.gather(indices, generator, noise, flipped)
 
@@ -81,11 +89,6 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
         """As `LatentDataset.batches`, in the order of this reader."""
-        if batch_size % self.parts:
-            raise UserError(
-                f"parts={self.parts} does not divide batch_size={batch_size} (or, when iterating, the number of "
-                "processes and workers)"
-            )
         plan: _Plan | None = None
 
         def read(step: Step) -> Batch:
@@ -96,20 +99,13 @@ class StreamingLatents(torch.utils.data.IterableDataset):
             self._provide(plan, step.number)
             return self._local.read(step)
 
-        return self._sequence.run(read, batch_size, seed, start_step, rank, world, self._arrangement(batch_size))
+        return self._sequence.run(read, batch_size, seed, start_step, rank, world)
 
     def steps(
         self, batch_size: int, seed: int = 0, start_step: int | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[Step]:
         """As `LatentDataset.steps`, in the order of this reader."""
-        sequence = BatchSequence(self._local, self._order, noise=False)
-        arguments = batch_size, seed, start_step, rank, world, self._arrangement(batch_size)
-        return sequence.run(lambda step: step, *arguments)
-
-    def _arrangement(self, batch_size: int) -> dict[str, int]:
-        """What the order of samples depends on besides the seed."""
-        arrangement = {"window": self.window if self.shuffle else 0, "parts": self.parts}
-        return arrangement | ({"batch_size": batch_size} if self.parts > 1 else {})
+        return self._sequence.steps(batch_size, seed, start_step, rank, world)
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be that of `epoch`; without it, one iteration follows the other."""
@@ -123,12 +119,12 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
         # A step takes one sample for every worker of every process.
         shares = world * workers
-        start = None if self._sequence.resumes else self._next_epoch * max(self.samples // shares, 1)
+        start = None if self._sequence.resumes else self._next_epoch * max(len(self._local) // shares, 1)
         for latents, labels, indices in self.batches(shares, self.seed, start, rank * workers + own, shares):
             state = self._sequence.state
             self._next_epoch = state["epoch"] + 1
             yield latents[0], int(labels[0]), int(indices[0])
-            if state["position"] + shares > self.samples:
+            if state["position"] + shares > len(self._local):
                 return
 
     def state_dict(self) -> dict:
@@ -139,32 +135,20 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         """Let the next `batches`, or iteration, continue there, with any number of processes."""
         self._sequence.load(state)
 
-    def _order(self, seed: int, epoch: int, batch_size: int) -> np.ndarray:
-        """The samples of an epoch, the same in every process: int64 [samples]."""
-        order = np.arange(self.samples)
-        if self.shuffle:
-            ranges = self._local.samples
-            numbers = random_state("shard order", seed, epoch).permutation(len(ranges))
-            draw = random_state("window order", seed, epoch)
-            windows = [numbers[first : first + self.window] for first in range(0, len(numbers), self.window)]
-            order = np.concatenate([draw.permutation(np.concatenate([ranges[n] for n in part])) for part in windows])
-        steps = self.samples // batch_size
-        if self.parts > 1 and steps:
-            runs = order[: steps * batch_size].reshape(self.parts, steps, -1)
-            order = np.ascontiguousarray(runs.transpose(1, 0, 2)).reshape(-1)
-        return order
+    def _samples_in_order(self, seed: int, epoch: int, batch_size: int) -> np.ndarray:
+        return self.order.samples(self._local.shard_samples, seed, epoch, batch_size)
 
     def _planned(self, schedule: np.ndarray, following: np.ndarray) -> _Plan:
         per_shard = self.manifest["samples_per_shard"]
-        plan = _Plan(schedule // per_shard, following // per_shard, len(self._local.samples))
-        plan.ahead = self.window
+        plan = _Plan(schedule // per_shard, following // per_shard, len(self._local.shard_samples))
+        plan.ahead = self.order.window
         if self._fetcher.limit is not None:
             largest = max(entry["bytes"] for entry in self._fetcher.entries)
             room = self._fetcher.limit // largest
             if room < plan.together:
                 raise UserError(
                     f"cache_bytes={self._fetcher.limit} can't hold the {plan.together} shards that are read together "
-                    f"({plan.together * largest} bytes): raise it, or lower window={self.window}"
+                    f"({plan.together * largest} bytes): raise it, or lower window={self.order.window}"
                 )
             plan.ahead = min(plan.ahead, room - plan.together)
         return plan
@@ -176,7 +160,7 @@ class StreamingLatents(torch.utils.data.IterableDataset):
         if not new:
             return
         in_use, upcoming = plan.at(step)
-        for number in set(range(len(self._local.samples))) - set(in_use):
+        for number in set(range(len(self._local.shard_samples))) - set(in_use):
             self._local.release(number)
         self._fetcher.want([*new, *(n for n in in_use if n not in new), *upcoming])
         for number in new:

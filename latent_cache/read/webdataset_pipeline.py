@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_cache.manifest import MANIFEST, parse_manifest
+from latent_cache.manifest import MANIFEST, check_split, parse_manifest
 from latent_cache.shard import shard_name
 from ssdd.engine.errors import UserError
 from ssdd.engine.remote import RemoteFolder
@@ -42,8 +42,7 @@ def open_webdataset(url: str, split: str = "train", storage_options: dict[str, A
 
     remote = RemoteFolder(url, storage_options)
     manifest = parse_manifest(remote.read(MANIFEST), remote.where(MANIFEST))
-    if split not in manifest["splits"]:
-        raise UserError(f"the cache {url} has no split {split!r}, only {', '.join(manifest['splits'])}")
+    check_split(manifest, split, url)
     names = [f"{split}/{shard_name(number)}.tar" for number in range(len(manifest["splits"][split]["shards"]))]
 
     def opened(shards: Iterator[dict]) -> Iterator[dict]:

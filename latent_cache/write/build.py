@@ -14,7 +14,7 @@ import torch
 from latent_cache.config import BuildConfig
 from latent_cache.manifest import FORMAT, VERSION, load_manifest
 from latent_cache.write.arithmetic import exact_arithmetic
-from latent_cache.write.encode import Images, encode_shards
+from latent_cache.write.encode import ImagesToEncode, encode_shards
 from latent_cache.write.folder import CacheFolder, clear_disk_errors, lock_of
 from latent_cache.write.normalise import normalise_shards, progress, statistics_of
 from ssdd.engine.errors import UserError
@@ -44,7 +44,8 @@ def build(cfg: BuildConfig) -> dict:
         with lock_of(root) as lock:
             if not processes.agree(lambda: _open(folder, lock, cfg)):
                 lock.share()
-                images = Images(cfg.dataset, sources, {s: entry["skipped"] for s, entry in settings["splits"].items()})
+                skipped = {split: entry["skipped"] for split, entry in settings["splits"].items()}
+                images = ImagesToEncode(cfg.dataset, sources, skipped)
                 tokenizer.encoder.to(processes.device)
                 with exact_arithmetic(processes.device, cfg.threads):
                     _encode(folder, processes, tokenizer, images, cfg.dataset.reading_processes)
@@ -125,7 +126,7 @@ def _unreadable(source: ImageSource) -> list[int]:
     return found
 
 
-def _encode(folder: CacheFolder, processes: Processes, tokenizer: SSDD, images: Images, workers: int) -> None:
+def _encode(folder: CacheFolder, processes: Processes, tokenizer: SSDD, images: ImagesToEncode, workers: int) -> None:
     """First pass: the raw rows of this process's shards, those that are not there yet."""
     mine = folder.jobs[processes.rank :: processes.world]
     left = [job for job in mine if not folder.is_encoded(job)]

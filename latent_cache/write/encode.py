@@ -7,6 +7,7 @@ Shards are equal byte for byte on CPUs of one capability, which the manifest rec
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_cache.write.channel_statistics import ChannelStatistics
 from latent_cache.write.folder import CacheFolder, Job
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import put, write_json
+from ssdd.images.batches import read_batches
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.pixels import from_uint8
 from ssdd.images.sources import DatasetConfig, ImageSource
-from ssdd.images.workers import read_by_workers
+from ssdd.model.channel_statistics import ChannelStatistics
 from ssdd.model.tokenizer import SSDD
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """Samples first, first + 1, ... (`count` of them) of a split, by their numbers in the source, filled up."""
 
     job: Job
@@ -35,7 +36,7 @@ class Batch(NamedTuple):
     numbers: list[int]
 
 
-class Images(torch.utils.data.Dataset):
+class ImagesToEncode:
     """Test-time images of all splits, read batch by batch; `skipped` are the unreadable ones of each split."""
 
     def __init__(self, cfg: DatasetConfig, sources: dict[str, ImageSource], skipped: dict[str, list[int]]) -> None:
@@ -52,43 +53,30 @@ class Images(torch.utils.data.Dataset):
         numbers = self.numbers[job.split][job.samples.start : job.samples.stop]
         return self.datasets[job.split].source.labels[numbers]
 
-    def batches(self, jobs: list[Job], size: int) -> list[Batch]:
+    def batches(self, jobs: list[Job], size: int) -> list[ImageBatch]:
         """The batches of these shards, in order."""
         found = []
         for job in jobs:
             for first in range(job.samples.start, job.samples.stop, size):
                 numbers = self.numbers[job.split][first : min(first + size, job.samples.stop)].tolist()
                 filled = numbers + numbers[-1:] * (size - len(numbers))
-                found.append(Batch(job, first, len(numbers), filled))
+                found.append(ImageBatch(job, first, len(numbers), filled))
         return found
 
-    def __getitem__(self, batch: Batch) -> Tensor | UserError:
-        """uint8 [size, 3, H, W]. A UserError is returned, since the loader would wrap one that is raised."""
-        dataset = self.datasets[batch.job.split]
-        try:
-            pixels = {number: dataset[number][0] for number in dict.fromkeys(batch.numbers)}
-        except UserError as problem:
-            return problem
-        return torch.stack([pixels[number] for number in batch.numbers])
-
-    def read(self, batches: list[Batch], workers: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches with their pixels, decoded here or in worker processes."""
-        if workers == 0:
-            found: Iterator[Tensor | UserError] = map(self.__getitem__, batches)
-        else:
-            row = 3 * next(iter(self.datasets.values())).cfg.im_size ** 2
-            found = read_by_workers(self, batches, workers, lambda batch: len(batch.numbers) * row)
-        for batch, pixels in zip(batches, found, strict=True):
-            if isinstance(pixels, UserError):
-                raise pixels
-            yield batch, pixels
+    def read(self, batches: list[ImageBatch], workers: int) -> Iterator[tuple[ImageBatch, Tensor]]:
+        """Batches with their pixels, uint8 [size, 3, H, W], decoded here or in worker processes."""
+        for split, batches_of_split in itertools.groupby(batches, key=lambda batch: batch.job.split):
+            own = list(batches_of_split)
+            keys = ([(0, number) for number in batch.numbers] for batch in own)
+            for batch, (_, pixels, _, _) in zip(own, read_batches(self.datasets[split], keys, workers), strict=True):
+                yield batch, pixels
 
 
 def encode_shards(
     folder: CacheFolder,
     jobs: list[Job],
     tokenizer: SSDD,
-    images: Images,
+    images: ImagesToEncode,
     workers: int,
     device: torch.device,
     progress: Callable[[int], object],

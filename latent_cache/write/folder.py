@@ -26,12 +26,12 @@ from safetensors import SafetensorError
 from latent_cache.manifest import MANIFEST, STATISTICS, differences, layout_of, load_manifest, settings_of, shard_ranges
 from latent_cache.shard import shard_name
 from latent_cache.verify import split_problems, statistics_problems
-from latent_cache.write.channel_statistics import ChannelStatistics
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, remove_leftovers, write_json
 from ssdd.engine.locks import Lock
 from ssdd.engine.resumable import WorkRecord
 from ssdd.images.sources import SPLITS
+from ssdd.model.channel_statistics import ChannelStatistics
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)

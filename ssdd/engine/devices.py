@@ -29,6 +29,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """`device`, or the CPU where it has no float64 (Apple's)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's work, before and after a timed section; nothing on a CPU."""
     if device.type != "cpu":

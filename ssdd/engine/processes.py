@@ -106,12 +106,16 @@ class Processes:
             self.wait()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Rows [n, ...] of all processes in the order of their ranks: [world * n, ...]."""
+        """Rows [n, ...] of all processes in the order of their ranks; each may have another number of them."""
         if self.world == 1:
             return rows
-        parts = [torch.empty_like(rows) for _ in range(self.world)]
-        dist.all_gather(parts, rows.contiguous(), group=self.group)
-        return torch.cat(parts)
+        own = self._exchanged(rows)
+        counts = self.gather_objects(len(own))
+        padded = own.new_zeros(max(counts), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The values of all processes in the order of their ranks."""
@@ -120,13 +124,21 @@ class Processes:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over all processes."""
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
         if self.world == 1:
             return tensor
-        total = tensor.clone()
+        total = self._exchanged(tensor).clone()
         dist.all_reduce(total, group=self.group)
-        return total / self.world
+        return total.to(tensor.device)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return tensor if self.world == 1 else self.sum(tensor) / self.world
+
+    def _exchanged(self, tensor: Tensor) -> Tensor:
+        """The tensor where the processes' backend takes it: NCCL has GPUs only, gloo the CPU."""
+        return tensor.to({"nccl": "cuda", "gloo": "cpu"}.get(dist.get_backend(self.group), tensor.device))
 
     def data_parallel(self, module: nn.Module) -> nn.Module:
         """The module, with gradients averaged over the processes where there are several (DDP)."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssdd.engine.random import seed_of
+from ssdd.images.pixels import PEAK
 
 ROWS = 2048  # images that are float64 at a time
 
@@ -32,7 +33,7 @@ class PixelPCA:
     def decode(self, numbers: np.ndarray) -> Tensor:
         """float64 [n, numbers] -> uint8 [n, 3, H, W], rounded."""
         pixels = torch.from_numpy(self.pca.inverse_transform(numbers)).unflatten(1, self.shape)
-        return pixels.round().clamp(0, 255).to(torch.uint8)
+        return pixels.round().clamp(0, PEAK).to(torch.uint8)
 
 
 def classwise_gaussian_samples(pca: PixelPCA, images: Tensor, labels: Tensor, wanted: Tensor, seed: int) -> Tensor:

@@ -18,18 +18,17 @@ import torch
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import write_json
+from ssdd.engine.processes import Processes
 from ssdd.engine.program import named_paths, run_program
 from ssdd.engine.tables import listed
 from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, frechet_floor, paired_differences
 from ssdd.fidelity.features import FeatureNetwork, load_networks
 from ssdd.fidelity.kid import KernelEstimate, kernel_distance_of_subsets
 from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.set_metrics import SET_METRICS
 from ssdd.fidelity.set_to_measure import SetToMeasure
 from ssdd.fidelity.statistics import default_cache
 from ssdd.fidelity.stored_sets import check_comparable
-
-LABELS = {"frechet": "Frechet", "spatial_frechet": "spatial Frechet"}
-INCEPTION_LABELS = {"frechet": "FID", "spatial_frechet": "sFID"}
 
 
 @dataclass
@@ -95,8 +94,8 @@ def run(cfg: FidelityConfig) -> dict[str, Any]:
     for name in names:
         pair = (opened[name].treatment, opened[reference].treatment)
         notes.append(check_comparable(*pair, (name, reference), cfg.allow_mismatch))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = load_networks(cfg.features.split(","), device)
+    alone = Processes(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    networks = load_networks(cfg.features.split(","), alone.device)
     if not networks:
         raise UserError("no weights of a feature network were found; name a network to see how to fetch them")
     for images in opened.values():
@@ -110,12 +109,12 @@ def run(cfg: FidelityConfig) -> dict[str, Any]:
         "metrics": {},
         "notes": [note for note in notes if note],
     }
+    cache = {reference: Path(cfg.cache)} if cfg.cache else {}
+    measured = {
+        name: images.statistics(networks, alone, cache.get(name), cfg.batch_size) for name, images in opened.items()
+    }
     for network in networks:
-        cache = Path(cfg.cache) if cfg.cache else None
-        sets = {
-            name: opened[name].statistics(network, cfg.batch_size, cache=cache if name == reference else None)
-            for name in cfg.sets
-        }
+        sets = {name: of_networks[network.name] for name, of_networks in measured.items()}
         scores, kernels = compare(sets, names, reference, reference, cfg.resamples, cfg.seed)
         for name in names:
             scores[name] |= _beside(cfg, sets[name], sets[reference])
@@ -192,7 +191,7 @@ def table(result: dict[str, Any]) -> str:
     for name, described in (*result["sets"].items(), ("reference", result["reference"])):
         lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in described.items() if key != "path"))
     for network, scores in result["metrics"].items():
-        labels = INCEPTION_LABELS if network == "inception" else LABELS
+        labels = {key: metric.title(network) for key, metric in SET_METRICS.items() if metric.label}
         for name, row in scores.items():
             lines.append(f"\n{name}, {network} (weights {result['networks'][network]['checksum'][:8]}):")
             figures = {

@@ -15,7 +15,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file
 from ssdd.engine.pretrained import TIMM_PREFIX, find, has, load_tensors
 from ssdd.fidelity.judge import FEATURE_DIM, SmallClassifier
-from ssdd.images.pixels import from_uint8
+from ssdd.images.pixels import from_uint8, to_unit
 
 CLASSIFIER_PREFIX = "classifier:"
 LITE0 = "tf_efficientnet_lite0"
@@ -208,7 +208,7 @@ class TimmFeatures(nn.Module):
         self.dim = self.model.num_classes if self.embeds else self.model.head_hidden_size
 
     def forward(self, images: Tensor) -> Outputs:
-        x = images.float() / 255
+        x = to_unit(images.float())
         if tuple(x.shape[2:]) != self.size:
             x = F.interpolate(x, size=self.size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         x = self.model.forward_features((x - self.mean) / self.std)

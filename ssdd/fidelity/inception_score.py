@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssdd.engine.collectives import all_reduce_sum, float64_device, gather_rows
+from ssdd.engine.devices import float64_device
+from ssdd.engine.processes import Processes
 from ssdd.fidelity.moments import SeenIndices
 
 SPLIT_SIZE = 5000  # ADM
@@ -59,17 +60,17 @@ class InceptionScore:
         self._sums.index_add_(0, splits, p)
         self._negentropy.index_add_(0, splits, (p * log_p).sum(dim=1))
 
-    def reduce(self) -> None:
-        """Merge the images of all processes into every process; without torch.distributed nothing happens."""
-        if self._reduced or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    def reduce(self, processes: Processes) -> None:
+        """Merge the images of all processes into every process."""
+        if self._reduced or processes.world == 1:
             return
-        self._seen.reduce()
+        self._seen.reduce(processes)
         if self._seen.has_doubles():
             raise ValueError("two processes have the same image: it would count twice in the Inception Score")
-        self._grow(int(gather_rows(torch.tensor([len(self._counts)])).max()), self._counts.device)
-        self._counts = all_reduce_sum(self._counts)
-        self._sums = all_reduce_sum(self._sums)
-        self._negentropy = all_reduce_sum(self._negentropy)
+        self._grow(max(processes.gather_objects(len(self._counts))), self._counts.device)
+        self._counts = processes.sum(self._counts)
+        self._sums = processes.sum(self._sums)
+        self._negentropy = processes.sum(self._negentropy)
         self._reduced = True
 
     def compute(self) -> tuple[float, float]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
-from ssdd.engine.collectives import all_reduce_sum, float64_device, gather_rows
+from ssdd.engine.devices import float64_device
+from ssdd.engine.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class SeenIndices:
         self._parts = [torch.cat(self._parts)]
         return self._parts[0]
 
-    def reduce(self) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Those of all processes, in rank order; what two of them have is there twice."""
-        self._parts = [gather_rows(self.all())]
+        self._parts = [processes.gather(self.all())]
 
     def has_doubles(self) -> bool:
         return len(self.all().unique()) < len(self.all())
@@ -94,21 +94,21 @@ class FeatureStatistics:
         else:
             self._moments = self._moments.merged(_Moments.of(features.to(float64_device(features.device)).double()))
 
-    def reduce(self) -> None:
-        """Merge the images of all processes into every process; without torch.distributed nothing happens.
+    def reduce(self, processes: Processes) -> None:
+        """Merge the images of all processes into every process.
 
         ValueError when only moments were kept and an image was seen by two processes: it can't be taken out again.
         """
-        if self._reduced or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if self._reduced or processes.world == 1:
             return
         if self.keep_features:
             features = torch.cat(self._features) if self._features else torch.empty(0, self.dim)
-            self._features = [gather_rows(features)]
-        self._seen.reduce()
+            self._features = [processes.gather(features)]
+        self._seen.reduce(processes)
         if not self.keep_features:
             if self._seen.has_doubles():
                 raise ValueError("two processes have the same image: with keep_features=False it would count twice")
-            self._moments = self._moments.reduced(len(self._seen.all()))
+            self._moments = self._moments.reduced(len(self._seen.all()), processes)
         self._reduced = True
 
     def compute(self) -> Statistics:
@@ -151,12 +151,11 @@ class _Moments:
         scatter.addr_(way, way, alpha=self.count * new.count / count)
         return _Moments(count, self.mean.to(way.device) + way * (new.count / count), scatter)
 
-    def reduced(self, total: int) -> _Moments:
+    def reduced(self, total: int, processes: Processes) -> _Moments:
         """The moments of the `total` images of all processes."""
-        mean = all_reduce_sum(self.mean * self.count) / max(1, total)
-        way = self.mean.to(mean.device) - mean
-        scatter = self.scatter.to(mean.device).addr(way, way, alpha=self.count)
-        return _Moments(total, mean, all_reduce_sum(scatter))
+        mean = processes.sum(self.mean * self.count) / max(1, total)
+        way = self.mean - mean
+        return _Moments(total, mean, processes.sum(self.scatter.addr(way, way, alpha=self.count)))
 
 
 def first_places(indices: Tensor) -> Tensor:

@@ -10,13 +10,17 @@ from torch import Tensor
 ROWS = 2048  # rows of a distance matrix that are in memory at a time
 
 
-def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
-    """Precision and recall (Kynkaanniemi et al. 2019) of features [n, dim] and [m, dim].
+def precision(real: Tensor, generated: Tensor, k: int = 3) -> float:
+    """Share of generated images inside a ball around some real image that reaches to its k-th nearest other real image.
 
-    Precision: share of generated images inside a ball around some real image that reaches to its k-th nearest other
-    real image; recall: the same with the sets exchanged.
+    Features [n, dim] and [m, dim] (Kynkaanniemi et al. 2019). ValueError for k real images or fewer.
     """
-    return _covered(generated, real, k), _covered(real, generated, k)
+    return _covered(generated, real, k)
+
+
+def recall(real: Tensor, generated: Tensor, k: int = 3) -> float:
+    """`precision` with the sets exchanged."""
+    return _covered(real, generated, k)
 
 
 def copy_rate(generated: Tensor, train: Tensor, heldout: Tensor) -> tuple[float, float]:

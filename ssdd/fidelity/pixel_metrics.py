@@ -1,12 +1,16 @@
-"""How close images are to their originals, image by image: MSE, MAE, PSNR and SSIM on uint8 pixels."""
+"""How close images are to their originals, on uint8 pixels: one table, which evaluations and reports follow."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ssdd.images.pixels import PEAK, to_unit
 
 SSIM_WINDOW = 7
 SSIM_K1, SSIM_K2 = 0.01, 0.03
@@ -62,7 +66,7 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     var_x = sample * (_window_mean(x * x) - mean_x**2)
     var_y = sample * (_window_mean(y * y) - mean_y**2)
     cov = sample * (_window_mean(x * y) - mean_x * mean_y)
-    c1, c2 = (SSIM_K1 * 255) ** 2, (SSIM_K2 * 255) ** 2
+    c1, c2 = (SSIM_K1 * PEAK) ** 2, (SSIM_K2 * PEAK) ** 2
     numerator = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
     denominator = (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     return (numerator / denominator).mean(dim=(1, 2, 3))
@@ -74,7 +78,7 @@ def _window_mean(x: Tensor) -> Tensor:
 
 def _difference(images: Tensor, originals: Tensor) -> Tensor:
     _check(images, originals)
-    return (images.double() - originals.double()) / 255
+    return to_unit(images.double() - originals.double())
 
 
 def _check(images: Tensor, originals: Tensor) -> None:
@@ -83,3 +87,38 @@ def _check(images: Tensor, originals: Tensor) -> None:
             f"expected two uint8 tensors of one shape [n, C, H, W], got {images.dtype} {tuple(images.shape)} "
             f"and {originals.dtype} {tuple(originals.shape)}"
         )
+
+
+@dataclass(frozen=True)
+class PixelMetric:
+    """A figure of a set of images beside its originals.
+
+    measure: of each image, float64 [n] or [n, k] of uint8 images and originals [n, C, H, W]; pool: the figure from the
+    mean over the images, [] or [k].
+    label: of its column in tables, "" for none; decimals, better (an arrow): of that column, and for ↑ and ↓ whether
+    more of it makes a checkpoint the best.
+    """
+
+    measure: Callable[[Tensor, Tensor], Tensor]
+    label: str = ""
+    decimals: int = 4
+    better: str = ""
+    pool: Callable[[Tensor], float] = Tensor.item
+
+
+def _fine_powers(images: Tensor, originals: Tensor) -> Tensor:
+    return torch.stack([fine_power(images), fine_power(originals)], dim=1)
+
+
+PIXEL_METRICS = {
+    "PSNR": PixelMetric(psnr, "PSNR", 2, "↑"),
+    "PSNR_pooled": PixelMetric(mse, "", 2, "↑", pool=lambda mean: pooled_psnr(mean.item())),
+    "SSIM": PixelMetric(ssim, "SSIM", 4, "↑"),
+    "MSE": PixelMetric(lambda images, originals: 1000 * mse(images, originals), "", 4, "↓"),
+    "MAE": PixelMetric(mae, "", 4, "↓"),
+    "power_ratio": PixelMetric(
+        _fine_powers, "fine power", 3, "→ 1", pool=lambda means: means[0].item() / max(means[1].item(), 1e-12)
+    ),
+}
+"""Key of a result -> figure: MSE in thousandths, MAE in units of [0, 1], power_ratio of frequencies above 1/4 cycle per
+pixel to the originals'."""

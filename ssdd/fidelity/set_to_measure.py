@@ -7,6 +7,7 @@ Also read: ADM's npz (`mu`, `sigma`, `mu_s`, `sigma_s`, and `arr_0` with the ima
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -19,11 +20,11 @@ from torch import Tensor
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file
 from ssdd.engine.pretrained import read_torch_file
+from ssdd.engine.processes import Processes
 from ssdd.fidelity.features import FeatureNetwork
-from ssdd.fidelity.measure import measure, measure_once
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.statistics import load_statistics
-from ssdd.fidelity.stored_sets import NPZ_IMAGES, ImageSet, Treatment, open_set
+from ssdd.fidelity.statistics import BATCH, load_statistics, measure_once
+from ssdd.fidelity.stored_sets import NPZ_IMAGES, StoredSet, Treatment, open_set
 
 FOREIGN_NETWORK = "inception"  # what mu and sigma of foreign files were measured with
 
@@ -31,12 +32,12 @@ FOREIGN_NETWORK = "inception"  # what mu and sigma of foreign files were measure
 class SetToMeasure:
     """Anything with statistics: images, or a file of statistics, opened by path.
 
-    treatment, describe(): as an `ImageSet`; statistics(network, ...): measured or read.
+    treatment, describe(): as a `StoredSet`; statistics(networks, ...): measured or read.
     """
 
     def __init__(self, path: str | Path, im_size: int | None = None, crop: str = "adm") -> None:
         self.path = Path(path)
-        self.images: ImageSet | None = None
+        self.images: StoredSet | None = None
         self._loaded: tuple[Statistics, dict[str, Any]] | None = None
         if self.path.suffix == ".safetensors":
             self._loaded = load_statistics(self.path)
@@ -66,22 +67,25 @@ class SetToMeasure:
         return {"path": str(self.path), "statistics": self._loaded[1]}
 
     def statistics(
-        self, network: FeatureNetwork, batch_size: int, keep_features: bool = True, cache: Path | None = None
-    ) -> Statistics:
-        """Statistics for `network`; with `cache` measured once. UserError as `check_network`.
+        self,
+        networks: Sequence[FeatureNetwork],
+        processes: Processes,
+        cache: Path | None = None,
+        batch_size: int = BATCH,
+    ) -> dict[str, Statistics]:
+        """Network name -> statistics, read or measured as by `measure_once`. UserError as `check_network`.
 
         ADM's file does not record its count, and its features are those of its 10 000 images.
         """
-        if self._loaded is None:
-            if cache is not None:
-                return measure_once(self.images, network, batch_size, cache)
-            return measure(self.images, network, batch_size, keep_features)
-        self.check_network(network)
+        for network in networks:
+            self.check_network(network)
+        measured = measure_once(self.images, networks, processes, cache, batch_size) if self.images is not None else {}
+        if self._loaded is None or not processes.is_main:
+            return measured
         statistics = self._loaded[0]
-        if self.images is not None and keep_features:
-            features = measure(self.images, network, batch_size).features
-            statistics = replace(statistics, features=features)
-        return statistics
+        if self.images is None:
+            return {network.name: statistics for network in networks}
+        return {name: replace(statistics, features=of_images.features) for name, of_images in measured.items()}
 
     def check_network(self, network: FeatureNetwork) -> None:
         """UserError when this is a file of another network's statistics."""
@@ -97,7 +101,7 @@ class SetToMeasure:
             )
 
 
-def _adm_file(path: Path, images: ImageSet | None) -> tuple[Statistics, dict[str, Any]]:
+def _adm_file(path: Path, images: StoredSet | None) -> tuple[Statistics, dict[str, Any]]:
     names = _npz_names(path)
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -120,7 +124,7 @@ def _torch_fidelity_file(path: Path) -> tuple[Statistics, dict[str, Any]]:
     return _gaussian(path, mu, sigma), _foreign_provenance(path, None)
 
 
-def _foreign_provenance(path: Path, images: ImageSet | None) -> dict[str, Any]:
+def _foreign_provenance(path: Path, images: StoredSet | None) -> dict[str, Any]:
     return {
         "network": FOREIGN_NETWORK,
         "checksum": None,

@@ -73,23 +73,23 @@ def check_comparable(a: Treatment, b: Treatment, names: tuple[str, str], allow_m
     return problem
 
 
-class ImageSet:
-    """A set of images: its length, its treatment, a description, and its pixels in batches."""
+class StoredSet:
+    """A set of images at one path: its length, its treatment, a description, and its pixels in batches."""
 
-    def __init__(self, path: Path, treatment: Treatment, sizes: dict[str, int], count: int) -> None:
+    def __init__(self, path: Path, images: _Pictures | _Npz, im_size: int | None, crop: str) -> None:
         self.path = path
-        self.treatment = treatment
-        self.sizes = sizes
-        self._count = count
+        self.treatment = _treatment(images.shapes, im_size, crop)
+        self._images, self._im_size, self._crop = images, im_size, crop
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._images)
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 [n, 3, h, w], indices int64 [n]) of the images rank, rank + world, ...; all of a batch of one size."""
         pixels: list[np.ndarray] = []
         indices: list[int] = []
-        for index, image in self._images(range(rank, len(self), world)):
+        for index, picture in self._images.read(range(rank, len(self), world)):
+            image = _cropped(picture, self._im_size, self._crop)
             if pixels and (len(pixels) == batch_size or image.shape != pixels[0].shape):
                 yield _stacked(pixels), torch.tensor(indices)
                 pixels, indices = [], []
@@ -104,26 +104,19 @@ class ImageSet:
         return {
             "path": str(self.path),
             "count": len(self),
-            "stored": self.sizes,
+            "stored": self._images.stored,
             "crop": self.treatment.crop,
             "size": size,
-            "labels": self.labels(),
+            "labels": self._images.labels(),
             "rounding": "8-bit pixels as stored",
         }
 
-    def labels(self) -> str:
-        return "not stored"
-
     def fingerprint(self) -> str:
         """Hex sha256 of what the set holds, not of where it lies."""
-        raise NotImplementedError
-
-    def _images(self, indices: range) -> Iterator[tuple[int, np.ndarray]]:
-        """(index, uint8 [h, w, 3]) in ascending order."""
-        raise NotImplementedError
+        return self._images.fingerprint()
 
 
-def open_set(path: str | Path, im_size: int | None = None, crop: str = "adm") -> ImageSet:
+def open_set(path: str | Path, im_size: int | None = None, crop: str = "adm") -> StoredSet:
     """Open an image folder (searched recursively, in the order of paths), WebDataset shards (a .tar, or a folder that
     has them and no image files), or an npz with uint8 NHWC `arr_0`.
 
@@ -136,11 +129,11 @@ def open_set(path: str | Path, im_size: int | None = None, crop: str = "adm") ->
     if not path.is_dir():
         check_regular(path)
     if path.is_dir():
-        return _Pictures(path, _pictures_below(path), im_size, crop)
+        return StoredSet(path, _Pictures(_pictures_below(path)), im_size, crop)
     if path.suffix.lower() == ".tar" and path.is_file():
-        return _Pictures(path, _in_shards([path]), im_size, crop)
+        return StoredSet(path, _Pictures(_in_shards([path])), im_size, crop)
     if path.suffix == ".npz" and path.is_file():
-        return _Npz(path, im_size, crop)
+        return StoredSet(path, _Npz(path), im_size, crop)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     raise UserError(f"{path}: expected a folder of images, .tar shards of them, or an .npz file with {NPZ_IMAGES}")
@@ -176,34 +169,40 @@ def _in_shards(tars: list[Path]) -> ShardedImages:
     return pictures_of([(tar, index_tar(tar, labelled=False)) for tar in tars])[0]
 
 
-class _Pictures(ImageSet):
-    """Encoded pictures, one at a time."""
+class _Pictures:
+    """Encoded pictures, one at a time. shapes: all (height, width); stored: how many there are of each kind."""
 
-    def __init__(self, path: Path, pictures: ImageFiles | ShardedImages, im_size: int | None, crop: str) -> None:
+    def __init__(self, pictures: ImageFiles | ShardedImages) -> None:
         self._pictures = pictures
-        self._im_size, self._crop = im_size, crop
-        stored, shapes = Counter(), set()
-        for index in range(len(pictures.names)):
+        self.shapes: set[tuple[int, int]] = set()
+        stored: Counter[str] = Counter()
+        for index in range(len(self)):
             kind, width, height = pictures.stored(index)
             stored[f"{kind} {width}x{height}"] += 1
-            shapes.add((height, width))
-        super().__init__(path, _treatment(shapes, im_size, crop), dict(stored.most_common()), len(pictures.names))
+            self.shapes.add((height, width))
+        self.stored = dict(stored.most_common())
+
+    def __len__(self) -> int:
+        return len(self._pictures.names)
+
+    def labels(self) -> str:
+        return "not stored"
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         self._pictures.add_to(digest)
         return digest.hexdigest()
 
-    def _images(self, indices: range) -> Iterator[tuple[int, np.ndarray]]:
-        for index in indices:
-            yield index, _cropped(self._pictures.read(index), self._im_size, self._crop)
+    def read(self, indices: range) -> Iterator[tuple[int, Image.Image]]:
+        """(index, RGB picture) in ascending order."""
+        return ((index, self._pictures.read(index)) for index in indices)
 
 
-class _Npz(ImageSet):
-    """Read as a stream, one image after the other: 50 000 images of 256 px are 9.8 GB."""
+class _Npz:
+    """Read as a stream, one image after the other: 50 000 images of 256 px are 9.8 GB. Else as `_Pictures`."""
 
-    def __init__(self, path: Path, im_size: int | None, crop: str) -> None:
-        self._im_size, self._crop = im_size, crop
+    def __init__(self, path: Path) -> None:
+        self._path = path
         with _npz(path) as archive:
             self._members = sorted((entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist())
             if f"{NPZ_IMAGES}.npy" not in archive.namelist():
@@ -211,31 +210,32 @@ class _Npz(ImageSet):
             with archive.open(f"{NPZ_IMAGES}.npy") as stream:
                 self._shape = _image_header(path, stream)
         count, height, width, _ = self._shape
-        treatment = _treatment({(height, width)}, im_size, crop)
-        super().__init__(path, treatment, {f"npz RGB {width}x{height}": count}, count)
+        self.shapes, self.stored = {(height, width)}, {f"npz RGB {width}x{height}": count}
+
+    def __len__(self) -> int:
+        return self._shape[0]
 
     def labels(self) -> str:
-        with _npz(self.path) as archive:
+        with _npz(self._path) as archive:
             if f"{NPZ_LABELS}.npy" not in archive.namelist():
                 return "not stored"
-        labels = np.load(self.path, allow_pickle=False)[NPZ_LABELS]
+        labels = np.load(self._path, allow_pickle=False)[NPZ_LABELS]
         counts = np.unique(labels, return_counts=True)[1]
         return f"{len(counts)} classes, {'balanced' if len(set(counts.tolist())) == 1 else 'random or unbalanced'}"
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr(self._members).encode()).hexdigest()
 
-    def _images(self, indices: range) -> Iterator[tuple[int, np.ndarray]]:
+    def read(self, indices: range) -> Iterator[tuple[int, Image.Image]]:
         size = int(np.prod(self._shape[1:]))
-        with _npz(self.path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
-            _image_header(self.path, stream)
+        with _npz(self._path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
+            _image_header(self._path, stream)
             for index in range(len(self)):
                 data = stream.read(size)
                 if len(data) < size:
-                    raise UserError(f"{self.path} ends after {index} of {len(self)} images: copy it again")
+                    raise UserError(f"{self._path} ends after {index} of {len(self)} images: copy it again")
                 if index in indices:
-                    pixels = np.frombuffer(data, np.uint8).reshape(self._shape[1:])
-                    yield index, _cropped(Image.fromarray(pixels), self._im_size, self._crop)
+                    yield index, Image.fromarray(np.frombuffer(data, np.uint8).reshape(self._shape[1:]))
 
 
 def _npz(path: Path) -> zipfile.ZipFile:

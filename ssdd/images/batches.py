@@ -15,7 +15,7 @@ from torch import Tensor
 from ssdd.engine.errors import UserError
 from ssdd.engine.random import random_state
 from ssdd.images.dataset import ImageDataset, Key
-from ssdd.images.pixels import from_uint8, to_uint8
+from ssdd.images.pixels import from_uint8
 from ssdd.images.sources import DatasetConfig, open_source
 from ssdd.images.workers import read_by_workers
 
@@ -67,20 +67,20 @@ def eval_batches(
     """Every sample of this process once, in order: indices rank, rank + world, ... in batches of `batch_size`.
 
     Nothing is dropped, padded or doubled over the processes together; skipped images are missing from their batch.
-    Yields (images float32 [b, 3, H, W] in [-1, 1], labels int64 [b], indices int64 [b]).
+    Yields (pixels uint8 [b, 3, H, W], labels int64 [b], indices int64 [b]).
     """
     own = range(rank, len(dataset), world)
     keys = ([(0, i) for i in own[first : first + batch_size]] for first in range(0, len(own), batch_size))
     for asked, pixels, labels, indices in read_batches(dataset, keys, workers):
         readable = _count_skipped(dataset, asked, indices)
         if readable.any():
-            yield from_uint8(pixels[readable]), labels[readable], indices[readable]
+            yield pixels[readable], labels[readable], indices[readable]
 
 
 def read_split(cfg: DatasetConfig, split: str) -> tuple[Tensor, Tensor, int]:
     """All images of a split as evaluation sees them, uint8 [n, 3, s, s], labels [n], and the number of classes."""
     dataset = ImageDataset(open_source(cfg, split), cfg, train=False)
-    parts = [(to_uint8(x), labels) for x, labels, _ in eval_batches(dataset, 256, workers=cfg.reading_processes)]
+    parts = [(pixels, labels) for pixels, labels, _ in eval_batches(dataset, 256, workers=cfg.reading_processes)]
     images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     return images, labels, len(dataset.source.class_names)
 
@@ -117,7 +117,8 @@ class _BatchReader(torch.utils.data.Dataset):
 
     def __getitem__(self, keys: list[Key]) -> Rows | UserError:
         try:
-            pixels, labels, indices = zip(*(self.dataset[key] for key in keys), strict=True)
+            read = {key: self.dataset[key] for key in dict.fromkeys(keys)}  # a filled-up batch has its last image often
+            pixels, labels, indices = zip(*(read[key] for key in keys), strict=True)
         except UserError as problem:
             return problem
         return keys, torch.stack(pixels), torch.tensor(labels), torch.tensor(indices)

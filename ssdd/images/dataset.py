@@ -6,6 +6,7 @@ What a training image looks like is a function of (seed, epoch, sample index) al
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -61,6 +62,10 @@ class ImageDataset:
             except UserError:
                 continue
         raise UserError(f"none of the {len(self)} images of {self.source.name} {self.source.split} can be read")
+
+    def pixels(self, indices: Iterable[int]) -> Tensor:
+        """These images, uint8 [n, 3, im_size, im_size], in their order; an unreadable one as by `ds[i]`."""
+        return torch.stack([self[index][0] for index in indices])
 
     def report_skipped(self, index: int) -> None:
         """Count an unreadable image that was skipped; logs its place the first time."""

@@ -1,6 +1,6 @@
 """Between image tensors in [-1, 1] and 8-bit pixels, and sheets of images.
 
-`to_uint8` is the only conversion of the project: every metric, picture and file goes through it, so that no two
+These are the only conversions of the project: every metric, picture and file goes through `to_uint8`, so that no two
 figures differ by half a grey level (truncating instead of rounding darkens by that much).
 """
 
@@ -10,15 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PEAK = 255
+"""The largest level of an 8-bit pixel."""
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Clamp, scale and round images in [-1, 1] (any float dtype, any shape) to uint8 in [0, 255]."""
-    return images.float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
+    return images.float().clamp(-1, 1).add_(1).mul_(PEAK / 2).round_().to(torch.uint8)
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
     """Map uint8 pixels in [0, 255] to float32 in [-1, 1]; `to_uint8` brings back the same pixels."""
-    return pixels.float() / 127.5 - 1
+    return pixels.float() / (PEAK / 2) - 1
+
+
+def to_unit(levels: Tensor) -> Tensor:
+    """Map levels in [0, 255], of any float dtype, to [0, 1]."""
+    return levels / PEAK
 
 
 def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:

@@ -17,6 +17,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
 from ssdd.engine.random import random_state
 from ssdd.engine.user_cache import cache_folder
+from ssdd.images.pixels import PEAK
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (
@@ -63,7 +64,7 @@ def read_digits(split: str, side: int) -> tuple[PixelArray, np.ndarray, list[str
     members = [order[labels[order] == digit] for digit in range(10)]
     val = np.concatenate([own[:n] for own, n in zip(members, held_out, strict=True)])
     indices = np.sort(val) if split == "val" else np.setdiff1d(np.arange(len(labels)), val)
-    small = np.rint(data.images[indices] * (255 / 16)).astype(np.uint8)
+    small = np.rint(data.images[indices] * (PEAK / 16)).astype(np.uint8)
     pixels = [np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)) for digit in small]
     return PixelArray(np.stack(pixels)), labels[indices], [str(digit) for digit in range(10)]
 

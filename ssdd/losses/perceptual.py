@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ssdd.engine.errors import UserError
 from ssdd.engine.pretrained import find, has, load_tensors
 from ssdd.fidelity.features import LITE0, TimmStages
-from ssdd.images.pixels import to_uint8
+from ssdd.images.pixels import to_uint8, to_unit
 
 DREAMSIM_HUB_FILES = ("facebookresearch_dino_main/hubconf.py", "checkpoints/dino_vitbase16_pretrain.pth")
 """What the package dreamsim has torch.hub fetch into its weights' folder, and run, where it is not there yet."""
@@ -145,7 +145,7 @@ class DreamSim(nn.Module):
             if tuple(x.shape[2:]) != size:
                 x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
                 x = x.round().clamp(0, 255)
-        return x / 255
+        return to_unit(x)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Distances [B] of two results of `features`."""
@@ -178,18 +178,25 @@ def _dreamsim_is_here() -> bool:
 
 @dataclass(frozen=True)
 class PerceptualMetric:
-    """An entry of `PERCEPTUAL_METRICS`."""
+    """An entry of `PERCEPTUAL_METRICS`: a distance, of which less is better."""
 
     build: Callable[[torch.device | str], nn.Module]
     """Device -> a module with `features` of images [B, 3, H, W] in [-1, 1], and `distance` [B] of two such features."""
     is_here: Callable[[], bool]
     """Whether the weights (and package) that it needs are on this machine."""
+    label: str
+    """Of its column in tables."""
+    network: str
+    """The pretrained network that it is measured with, by its name in `PRETRAINED`."""
+    decimals: int = 4
 
 
 PERCEPTUAL_METRICS = {
-    "LPIPS": PerceptualMetric(lambda _: Lpips("alex", padded=True), lambda: has("alexnet")),
-    "lite0_distance": PerceptualMetric(lambda _: FeatureDistance(), lambda: has("efficientnet_lite0")),
-    "DreamSim": PerceptualMetric(DreamSim, _dreamsim_is_here),
+    "LPIPS": PerceptualMetric(lambda _: Lpips("alex", padded=True), lambda: has("alexnet"), "LPIPS", "alexnet"),
+    "lite0_distance": PerceptualMetric(
+        lambda _: FeatureDistance(), lambda: has("efficientnet_lite0"), "Lite0 distance", "efficientnet_lite0"
+    ),
+    "DreamSim": PerceptualMetric(DreamSim, _dreamsim_is_here, "DreamSim", "dreamsim"),
 }
 """Every perceptual distance that an evaluation can measure; one is added here alone."""
 

@@ -19,7 +19,9 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_json
 from ssdd.engine.log import ProgressLog
 from ssdd.engine.random import indexed_noise
+from ssdd.images.batches import read_batches
 from ssdd.images.dataset import ImageDataset
+from ssdd.images.pixels import from_uint8
 from ssdd.model.tokenizer import SSDD
 
 SHARD = 64
@@ -46,15 +48,15 @@ class TargetStore:
         device = next(teacher.parameters()).device
         todo = [i for i in range(rank, self.noises * -(-self.count // SHARD), world) if not self._path(i).is_file()]
         with ProgressLog(len(todo), description="targets", main_process=rank == 0) as progress:
-            for shard in todo:
-                draw, first = shard % self.noises, shard // self.noises * SHARD
-                indices = torch.arange(first, min(first + SHARD, self.count))
-                samples = [dataset[int(i)] for i in indices]
-                if any(index != int(i) for (_, _, index), i in zip(samples, indices, strict=True)):
+            keys = ([(0, index) for index in self._indices(shard)] for shard in todo)
+            read = read_batches(dataset, keys, dataset.cfg.reading_processes)
+            for shard, (asked, pixels, _, indices) in zip(todo, read, strict=True):
+                if indices.tolist() != [index for _, index in asked]:
                     raise UserError("distill.targets=cache needs readable images only: dataset.on_corrupt=error")
-                x = torch.stack([pixels for pixels, _, _ in samples]).to(device).float() / 127.5 - 1
+                x = from_uint8(pixels.to(device))
                 z = teacher.encode(x).mode()
-                target = teacher.decode(z, steps=steps, noise=self.noise(indices, draw, tuple(x.shape[1:])))
+                noise = self.noise(indices, shard % self.noises, tuple(x.shape[1:]))
+                target = teacher.decode(z, steps=steps, noise=noise)
                 save_tensors(self._path(shard), {"z": z, "target": target.half()})
                 progress.advance()
 
@@ -67,6 +69,11 @@ class TargetStore:
             rows.append([file.get_slice(name)[row].float() for name in ("z", "target")])
         z, target = zip(*rows, strict=True)
         return torch.stack(z), torch.stack(target)
+
+    def _indices(self, shard: int) -> range:
+        """The images of a shard, which has one draw of the noise of each."""
+        first = shard // self.noises * SHARD
+        return range(first, min(first + SHARD, self.count))
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:08d}.safetensors"

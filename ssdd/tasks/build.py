@@ -15,6 +15,7 @@ from ssdd.engine.precision import Precision
 from ssdd.engine.throughput import count_flop
 from ssdd.images.batches import eval_batches
 from ssdd.images.dataset import ImageDataset
+from ssdd.images.pixels import from_uint8
 from ssdd.images.sources import open_source
 from ssdd.losses.adversary import Discriminator
 from ssdd.losses.distillation import DistillationObjective, DistilledLatent
@@ -135,9 +136,9 @@ def build_objective(cfg: SSDDConfig, network: SSDD, discriminator: Discriminator
 def latent_deviation(cfg: SSDDConfig, network: SSDD) -> Tensor:
     """Deviation [c] of the posterior means of the first training images."""
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=False)
-    x, _, _ = next(eval_batches(dataset, min(len(dataset), IMAGES_FOR_DEVIATION)))
+    pixels, _, _ = next(eval_batches(dataset, min(len(dataset), IMAGES_FOR_DEVIATION)))
     device = next(network.decoder.parameters()).device
-    means = torch.cat([network.encode(part.to(device)).mode() for part in x.split(32)])
+    means = torch.cat([network.encode(from_uint8(part).to(device)).mode() for part in pixels.split(32)])
     return means.std(dim=(0, 2, 3), correction=0)
 
 

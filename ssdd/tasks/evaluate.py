@@ -29,12 +29,13 @@ from ssdd.engine.run import RunDirectory
 from ssdd.fidelity.baselines import PixelPCA, slight_blur
 from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, paired_differences
 from ssdd.fidelity.features import automatic_without_weights, load_networks
-from ssdd.fidelity.measure import SetScores
-from ssdd.fidelity.pixel_metrics import fine_power, mae, mse, pooled_psnr, psnr, ssim
-from ssdd.images.batches import eval_batches, read_split
-from ssdd.images.dataset import ImageDataset
+from ssdd.fidelity.measure import SetStatistics, observe
+from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.pixel_metrics import PIXEL_METRICS
+from ssdd.fidelity.split_images import SplitImages
+from ssdd.fidelity.statistics import default_cache, measure_once
+from ssdd.images.batches import read_split
 from ssdd.images.pixels import from_uint8, grid, to_uint8
-from ssdd.images.sources import open_source
 from ssdd.losses import perceptual
 from ssdd.model.compared_decoders import Row, open_rows
 from ssdd.model.tokenizer import SSDD
@@ -43,18 +44,17 @@ from ssdd.tasks.noise_agreement import noise_agreement
 
 ORIGINALS, REALS = "originals", "reals"
 AGREEMENT_IMAGES = 32
-HIGHER_IS_BETTER = ("PSNR", "PSNR_pooled", "SSIM")
 log = logging.getLogger(__name__)
 
 
-class Evaluation:
+class Evaluator:
     """The images, networks and metrics of reconstruction evaluations; made once, run on any rows."""
 
     def __init__(self, cfg: SSDDConfig, processes: Processes, precision: Precision):
         self.cfg, self.processes, self.precision = cfg, processes, precision
         self.device = processes.device
-        held_out = replace(cfg.dataset, limit=cfg.evaluation.limit or cfg.dataset.limit)
-        self.dataset = ImageDataset(open_source(held_out, "val"), held_out, train=False)
+        self.held_out = SplitImages(replace(cfg.dataset, limit=cfg.evaluation.limit or cfg.dataset.limit), "val")
+        self.dataset = self.held_out.dataset
         features, metrics = list(cfg.evaluation.features), cfg.evaluation.metrics
         self.networks = load_networks([*features, *["inception"] * ("FID" in metrics)], self.device)
         self.perceptual = perceptual.load_metrics(metrics, self.device)
@@ -66,21 +66,30 @@ class Evaluation:
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], baselines: bool = False, reals: bool = False) -> dict[str, Any]:
-        """Reconstruct the validation images with every row and score them.
+        """Reconstruct the validation images with every row and score them; all processes together.
 
-        Returns {"count", "rows": [{name, steps, PSNR (mean of the images'), PSNR_pooled (of all their pixels), SSIM,
-        MSE (times 1000), MAE, perceptual distances, rFID where Inception is, power_ratio (of frequencies above 1/4
-        cycle per pixel, to the originals'), images_per_s, distances: {network: scores}}], "floor": {network: scores},
-        "paired": {network: KID differences}, "pictures": name -> uint8 images}. Frechet distances are to the originals
-        (rFID); with `reals`, KID, precision and recall are to as many training images, and the floor has what the
-        originals themselves score against those.
+        Returns in the main process, {} in the others: {"count", "rows": [{name, steps, PSNR (mean of the images'),
+        PSNR_pooled (of all their pixels), SSIM, MSE (times 1000), MAE, perceptual distances, rFID where Inception is,
+        power_ratio (of frequencies above 1/4 cycle per pixel, to the originals'), images_per_s, distances: {network:
+        scores}}], "floor": {network: scores}, "paired": {network: KID differences}, "pictures": name -> uint8 images}.
+        Frechet distances are to the originals (rFID); with `reals`, KID, precision and recall are to as many training
+        images, and the floor has what the originals themselves score against those.
         """
-        scores, values, seconds = SetScores(self.networks), defaultdict(dict), defaultdict(float)
+        cache, decoded, seconds = default_cache(), 0, defaultdict(float)
+        values: dict[str, list[tuple[Tensor, dict[str, Tensor]]]] = defaultdict(list)
         pictures: dict[str, Tensor] = {}
-        decoded, fine = 0, {}
+        real = {ORIGINALS: measure_once(self.held_out, self.networks, self.processes, cache)}
+        if reals:
+            training = SplitImages(replace(self.cfg.dataset, limit=len(self.dataset)), "train")
+            real[REALS] = measure_once(training, self.networks, self.processes, cache)
         pca = self._pca(rows[0].tokenizer) if baselines else None
-        for x, _, indices in self._batches(self.dataset):
-            originals = to_uint8(x)
+        names = [row.name for row in rows] + ([] if pca is None else [f"PCA-{pca.pca.n_components_}", "blur"])
+        sets = {name: SetStatistics(self.networks) for name in names}
+        for pixels, indices in self.held_out.batches(
+            self.cfg.evaluation.batch_size, self.processes.rank, self.processes.world
+        ):
+            x = from_uint8(pixels).to(self.device, memory_format=torch.channels_last)
+            originals = pixels.to(self.device)
             images = {ORIGINALS: originals}
             noise = indexed_noise(indices, x.shape[1:], self.cfg.seed, "decoder").to(self.device)
             for row in rows:
@@ -95,27 +104,29 @@ class Evaluation:
                     seconds[row.name] += time.perf_counter() - began
             decoded += len(x)
             if pca is not None:
-                images[f"PCA-{pca.pca.n_components_}"] = pca.decode(pca.encode(originals.cpu())).to(self.device)
-                images["blur"] = slight_blur(originals)
+                images[names[-2]] = pca.decode(pca.encode(pixels)).to(self.device)
+                images[names[-1]] = slight_blur(originals)
             features = {name: network.features(x) for name, network in self.perceptual.items()}
-            fine |= dict(zip(indices.tolist(), fine_power(originals).tolist(), strict=True))
             for name, batch in images.items():
-                scores.update(name, batch, indices)
                 if name != ORIGINALS:
-                    values[name] |= self._image_metrics(batch, originals, features, indices)
+                    sets[name].add(observe(batch, self.networks), indices)
+                    values[name].append((indices, self._image_metrics(batch, originals, features)))
                 kept = pictures.get(name, batch[:0].cpu())
                 pictures[name] = torch.cat([kept, batch[: self.cfg.show_samples - len(kept)].cpu()])
-        if reals:
-            as_many = replace(self.cfg.dataset, limit=len(self.dataset))
-            training = ImageDataset(open_source(as_many, "train"), as_many, train=False)
-            for x, _, indices in self._batches(training):
-                scores.update(REALS, to_uint8(x), indices)
-        means = self._merge(values)
-        fine = {i: power for part in self.processes.gather_objects(fine) for i, power in part.items()}
-        for row in means.values():
-            row["PSNR_pooled"] = pooled_psnr(row["MSE"] / 1000)
-            row["power_ratio"] = row.pop("fine_power") / max(sum(fine[i] for i in sorted(fine)) / len(fine), 1e-12)
-        result = self._summarise(scores, means, rows, reals)
+        means = self._means(values)
+        for collected in sets.values():
+            collected.reduce(self.processes)
+        skipped = {
+            i: where for part in self.processes.gather_objects(self.dataset.corrupt) for i, where in part.items()
+        }
+        if not self.processes.is_main:
+            return {}
+        statistics = real | {name: collected.compute() for name, collected in sets.items()}
+        result = self._summarise(statistics, means, rows) | {
+            "left_out": self.left_out,
+            "skipped": [skipped[i] for i in sorted(skipped)],
+            "count": len(self.dataset) - len(skipped),
+        }
         for row in result["rows"]:
             if seconds[row["name"]]:
                 row["images_per_s"] = decoded / seconds[row["name"]] * self.processes.world
@@ -135,75 +146,59 @@ class Evaluation:
         elif wanted == "FID" and len(self.dataset) < needed:
             reason = f"{len(self.dataset)} images are fewer than the {needed} that a Frechet distance needs"
         else:
-            return wanted, scores[key] if wanted in HIGHER_IS_BETTER else -scores[key]
-        if not self._fell_back and self.processes.is_main:
+            more_is_better = wanted in PIXEL_METRICS and PIXEL_METRICS[wanted].better == "↑"
+            return wanted, scores[key] if more_is_better else -scores[key]
+        if not self._fell_back:
             log.warning("training.save_on_best=%s: %s; PSNR selects the best checkpoint", wanted, reason)
         self._fell_back = True
         return "PSNR", scores["PSNR"]
 
-    def _batches(self, dataset: ImageDataset):
-        rank, world = self.processes.rank, self.processes.world
-        for x, labels, indices in eval_batches(
-            dataset, self.cfg.evaluation.batch_size, rank, world, self.cfg.dataset.reading_processes
-        ):
-            yield x.to(self.device, memory_format=torch.channels_last), labels, indices
-
-    def _image_metrics(
-        self, images: Tensor, originals: Tensor, features: dict[str, Any], indices: Tensor
-    ) -> dict[int, dict[str, float]]:
-        """Sample index -> metrics of that image, on 8-bit pixels; MSE and MAE in units of [0, 1] times 1000 and 1.
+    def _image_metrics(self, images: Tensor, originals: Tensor, features: dict[str, Any]) -> dict[str, Tensor]:
+        """Metric -> its values for each image, on 8-bit pixels: float64 [n] or [n, k], on the CPU.
 
         features: those of the originals, for every perceptual distance.
         """
-        columns = {
-            "PSNR": psnr(images, originals),
-            "SSIM": ssim(images, originals),
-            "MSE": 1000 * mse(images, originals),
-            "MAE": mae(images, originals),
-            "fine_power": fine_power(images),
-        }
+        columns = {name: metric.measure(images, originals) for name, metric in PIXEL_METRICS.items()}
         for name, network in self.perceptual.items():
             columns[name] = network.distance(network.features(from_uint8(images)), features[name])
-        table = {name: column.tolist() for name, column in columns.items()}
-        return {index: {name: table[name][i] for name in table} for i, index in enumerate(indices.tolist())}
+        return {name: column.double().cpu() for name, column in columns.items()}
 
-    def _merge(self, values: dict[str, dict[int, dict[str, float]]]) -> dict[str, dict[str, float]]:
-        """Means over all images of all processes, summed in the order of their indices."""
-        merged: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
+    def _means(self, values: dict[str, list[tuple[Tensor, dict[str, Tensor]]]]) -> dict[str, dict[str, float]]:
+        """Row -> metric -> its figure for all images of all processes, summed in the order of their indices."""
+        merged: dict[str, list[tuple[Tensor, dict[str, Tensor]]]] = defaultdict(list)
         for part in self.processes.gather_objects(dict(values)):
-            for name, rows in part.items():
-                merged[name] |= rows
-        return {
-            name: {key: sum(rows[i][key] for i in sorted(rows)) / len(rows) for key in next(iter(rows.values()))}
-            for name, rows in merged.items()
-        }
+            for name, batches in part.items():
+                merged[name] += batches
+        means: dict[str, dict[str, float]] = defaultdict(dict)
+        for name, batches in merged.items():
+            order = torch.cat([indices for indices, _ in batches]).argsort()
+            for key in batches[0][1]:
+                mean = torch.cat([columns[key] for _, columns in batches])[order].mean(dim=0)
+                means[name][key] = PIXEL_METRICS[key].pool(mean) if key in PIXEL_METRICS else mean.item()
+        return dict(means)
 
     def _summarise(
-        self, scores: SetScores, means: dict[str, dict[str, float]], rows: Sequence[Row], reals: bool
+        self, statistics: dict[str, dict[str, Statistics]], means: dict[str, dict[str, float]], rows: Sequence[Row]
     ) -> dict[str, Any]:
-        steps = {row.name: row.steps for row in rows}
+        """Rows, floor and paired differences. statistics: set name -> network name -> of that set."""
+        steps, reals = {row.name: row.steps for row in rows}, REALS if REALS in statistics else None
         table = [{"name": name, "steps": steps.get(name), **means[name], "distances": {}} for name in means]
         result: dict[str, Any] = {"count": 0, "rows": table, "floor": {}, "paired": {}, "features": {}}
-        for network, sets in scores.compute().items():
+        for network in self.networks:
+            sets = {name: of_networks[network.name] for name, of_networks in statistics.items()}
             resamples, seed = self.cfg.evaluation.resamples, self.cfg.seed
             names = [*means, ORIGINALS] if reals else list(means)
-            compared, kernels = compare(sets, names, ORIGINALS, REALS if reals else None, resamples, seed)
+            compared, kernels = compare(sets, names, ORIGINALS, reals, resamples, seed)
             for row in table:
-                row["distances"][network] = compared[row["name"]]
-                if network == "inception":
+                row["distances"][network.name] = compared[row["name"]]
+                if network.name == "inception":
                     row["rFID"] = compared[row["name"]]["frechet"]
+            result["features"][network.name] = network.checksum
             if not reals:
                 continue
             frechet = compare(sets, [ORIGINALS], REALS, None, resamples, seed)[0][ORIGINALS]
-            result["floor"][network] = compared[ORIGINALS] | frechet
-            result["paired"][network] = paired_differences(kernels, list(means))
-        result["features"] = {network.name: network.checksum for network in self.networks}
-        result["left_out"] = self.left_out
-        skipped = {
-            i: where for part in self.processes.gather_objects(self.dataset.corrupt) for i, where in part.items()
-        }
-        result["skipped"] = [skipped[i] for i in sorted(skipped)]
-        result["count"] = len(self.dataset) - len(skipped)
+            result["floor"][network.name] = compared[ORIGINALS] | frechet
+            result["paired"][network.name] = paired_differences(kernels, list(means))
         return result
 
     def _pca(self, tokenizer: SSDD) -> PixelPCA:
@@ -227,7 +222,10 @@ def _rows_of_checkpoint(cfg: SSDDConfig, device: torch.device) -> list[Row]:
 
 
 def run(cfg: SSDDConfig) -> dict[str, Any]:
-    """Evaluate `evaluation.decoders`, or `ssdd.checkpoint` at `evaluation.steps`; writes task_result.json, pictures."""
+    """Evaluate `evaluation.decoders`, or `ssdd.checkpoint` at `evaluation.steps`; writes task_result.json, pictures.
+
+    Returns what it writes, {} but in the main process.
+    """
     processes = Processes.join()
     precision = Precision.resolve(cfg.training.mixed_precision, processes.device, measuring=True)
     choose_kernels(tf32=False)
@@ -245,30 +243,31 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
         raise UserError("evaluation.noise_draws=1 has no spread; set 2 or more, or 0 to disable it")
     for row in rows:
         row.tokenizer.check_image_size(cfg.dataset.im_size, cfg.dataset.im_size)
-    evaluation = Evaluation(cfg, processes, precision)
-    result = evaluation.run(rows, baselines=cfg.evaluation.baselines, reals=True)
+    evaluator = Evaluator(cfg, processes, precision)
+    result = evaluator.run(rows, baselines=cfg.evaluation.baselines, reals=True)
+    if not processes.is_main:
+        return {}
     if cfg.evaluation.noise_draws:
-        count = min(AGREEMENT_IMAGES, len(evaluation.dataset))
-        x = from_uint8(torch.stack([evaluation.dataset[i][0] for i in range(count)])).to(processes.device)
+        count = min(AGREEMENT_IMAGES, len(evaluator.dataset))
+        x = from_uint8(evaluator.dataset.pixels(range(count))).to(processes.device)
         for row, scores in zip(rows, result["rows"], strict=False):
             with precision.autocast():
                 draws, parts = cfg.evaluation.noise_draws, x.split(cfg.evaluation.batch_size)
                 scores["noise_r2"] = noise_agreement(row, rows[0], parts, draws, cfg.seed)
     pictures = result.pop("pictures")
     directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
-    if processes.is_main:
-        directory.save_config(cfg)
-        for name, images in pictures.items() if cfg.show_samples else ():
-            save_png(directory.pictures / f"{name}.png", grid(images, columns=len(images)))
-        result = {
-            "task": "eval",
-            "data": evaluation.dataset.source.fingerprint(),
-            "crop": cfg.dataset.crop,
-            "peak_memory_bytes": peak_memory(processes.device),
-            "precision": precision.record(),
-            "measured": measured_by(processes.device),
-            "decoders": {row.name: row.provenance() for row in rows},
-            **result,
-        }
-        directory.write_result(result)
+    directory.save_config(cfg)
+    for name, images in pictures.items() if cfg.show_samples else ():
+        save_png(directory.pictures / f"{name}.png", grid(images, columns=len(images)))
+    result = {
+        "task": "eval",
+        "data": evaluator.dataset.source.fingerprint(),
+        "crop": cfg.dataset.crop,
+        "peak_memory_bytes": peak_memory(processes.device),
+        "precision": precision.record(),
+        "measured": measured_by(processes.device),
+        "decoders": {row.name: row.provenance() for row in rows},
+        **result,
+    }
+    directory.write_result(result)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ssdd.images.pixels import from_uint8, grid, to_uint8
 from ssdd.images.sources import open_source
 from ssdd.model.compared_decoders import Row
 from ssdd.model.tokenizer import SSDD
-from ssdd.tasks.evaluate import Evaluation
+from ssdd.tasks.evaluate import Evaluator
 
 SMALLEST_SIDE = 64  # images below this size are enlarged
 
@@ -33,14 +34,14 @@ class ReconstructionMonitor:
     def __init__(self, cfg: SSDDConfig, network: SSDD, processes: Processes, precision: Precision):
         training = cfg.training
         self.training, self.processes, self.network = training, processes, network
-        self.evaluation = Evaluation(cfg, processes, precision) if training.eval_freq else None
-        drawn = training.sample_every or (training.sample_every is None and self.evaluation is not None)
+        self.evaluator = Evaluator(cfg, processes, precision) if training.eval_freq else None
+        drawn = training.sample_every or (training.sample_every is None and self.evaluator is not None)
         self.picture = ReconstructionPicture(cfg, precision) if drawn else None
-        self.shown = copy.deepcopy(network) if self.evaluation or self.picture else None
+        self.shown = copy.deepcopy(network) if self.evaluator or self.picture else None
 
     def evaluates(self, done: int, epoch_steps: int, ended: bool) -> bool:
         """Whether there is an evaluation after `done` steps."""
-        if self.evaluation is None:
+        if self.evaluator is None:
             return False
         epochs, rest = divmod(done, epoch_steps)
         return ended or (rest == 0 and epochs % self.training.eval_freq == 0)
@@ -63,12 +64,16 @@ class ReconstructionMonitor:
 
     def _is_best(self, state: TrainingState, progress: ProgressLog) -> bool:
         row = Row("tokenizer", self.shown, self.shown.config["fm_sampler"]["steps"])
-        scores = self.evaluation.run([row])["rows"][0]
-        metric, value = self.evaluation.deciding(scores, self.training.save_on_best)
+        result = self.evaluator.run([row])
+
+        def decided() -> tuple[dict[str, Any], str, float]:
+            scores = result["rows"][0]
+            return scores, *self.evaluator.deciding(scores, self.training.save_on_best)
+
+        scores, metric, value = self.processes.agree(decided)  # one decision for all, to the last bit
         progress.metrics(state.step, {f"val/{name}": v for name, v in scores.items() if isinstance(v, float)})
         best = state.best
         better = best is None or best["metric"] != metric or value > best["value"]
-        better = self.processes.agree(lambda: better)  # one decision for all, to the last bit
         if better:
             state.best = {"metric": metric, "value": value, "step": state.step}
         return better
@@ -81,7 +86,7 @@ class ReconstructionPicture:
         dataset = ImageDataset(open_source(cfg.dataset, "val"), cfg.dataset, train=False)
         indices = range(max(1, min(cfg.show_samples, len(dataset))))
         self.precision, self.scale = precision, max(1, SMALLEST_SIDE // cfg.dataset.im_size)
-        self.originals = torch.stack([dataset[i][0] for i in indices])
+        self.originals = dataset.pixels(indices)
         self.noise = indexed_noise(indices, self.originals.shape[1:], cfg.seed, "decoder")
 
     @torch.no_grad()

@@ -14,8 +14,9 @@ from ssdd.engine.processes import Processes
 from ssdd.engine.run import RunDirectory
 from ssdd.images.batches import eval_batches
 from ssdd.images.dataset import ImageDataset
+from ssdd.images.pixels import from_uint8
 from ssdd.images.sources import open_source
-from ssdd.model.latent import LatentNorm
+from ssdd.model.channel_statistics import ChannelStatistics
 from ssdd.tasks.build import build_encoder
 
 
@@ -24,7 +25,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     """Statistics of posterior means at the test-time crop, float64, population deviation.
 
     Writes z_stats.json (per channel and scalar, with the encoder's fingerprint) and task_result.json {z_mean, z_std}.
-    One process: the sums are taken in the order of the images.
+    One process: the parts are merged in the order of the images.
     """
     processes = Processes.join()
     if processes.world > 1:
@@ -33,20 +34,16 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     precision = Precision.float32(processes.device)
     tokenizer = build_encoder(cfg).to(processes.device).eval()
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=False)
-    values, total, squares = 0, 0.0, 0.0
-    for x, _, _ in eval_batches(dataset, cfg.evaluation.batch_size, workers=cfg.dataset.reading_processes):
+    parts = []
+    for pixels, _, _ in eval_batches(dataset, cfg.evaluation.batch_size, workers=cfg.dataset.reading_processes):
         with precision.autocast():
-            z = tokenizer.encode(x.to(processes.device)).mode().double().cpu()  # [B, c, h, w]
-        values += z.numel() // tokenizer.z_dim
-        total += z.sum(dim=(0, 2, 3))
-        squares += z.square().sum(dim=(0, 2, 3))
-    count = len(dataset) - len(dataset.corrupt)
-    mean = total / values
-    norm = LatentNorm.from_moments(mean, squares / values - mean.square(), count, tokenizer.encoder_fingerprint())
+            z = tokenizer.encode(from_uint8(pixels).to(processes.device)).mode()  # [B, c, h, w]
+        parts.append(ChannelStatistics.of(z.float().cpu().numpy()))
+    norm = ChannelStatistics.merged(parts).norm(tokenizer.encoder_fingerprint())
     directory = RunDirectory(cfg.ckpt_dir, cfg.run_name)
     directory.save_config(cfg)
     norm.save(directory.path / "z_stats.json")
     result = {"z_mean": norm.z_mean, "z_std": norm.z_std, "precision": precision.record()}
     directory.write_result(result)
-    print(f"z_mean {norm.z_mean:.5f}  z_std {norm.z_std:.5f}  ({count} images)")
+    print(f"z_mean {norm.z_mean:.5f}  z_std {norm.z_std:.5f}  ({norm.count} images)")
     return result

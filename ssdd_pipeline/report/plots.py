@@ -11,8 +11,9 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from ssdd.fidelity.set_metrics import distance_name
 from ssdd_pipeline.report.results import FinishedEvaluation, family, short
-from ssdd_pipeline.report.tables import FLOOR, distance_name
+from ssdd_pipeline.report.tables import FLOOR
 
 MARKERS = "osD^vP"
 # Colours that stand for the page's variables --series-0 ... and currentColor, and are replaced in the SVG.

@@ -8,6 +8,9 @@ from functools import partial
 from typing import Any
 
 from ssdd.engine.tables import aligned
+from ssdd.fidelity.pixel_metrics import PIXEL_METRICS
+from ssdd.fidelity.set_metrics import SET_METRICS, distance_name
+from ssdd.losses.perceptual import PERCEPTUAL_METRICS
 from ssdd_pipeline.report.results import FinishedEvaluation, short
 
 FLOOR = "held-out images"
@@ -70,11 +73,6 @@ def kid(row: dict, scores: dict, to: str = "") -> Cell | None:
     return Cell(f"{scores[f'kid{to}']:.4f}", f"[{scores[f'kid_low{to}']:.4f}, {scores[f'kid_high{to}']:.4f}]")
 
 
-def distance_name(network: str) -> str:
-    """A Frechet distance is called FID on Inception's features only."""
-    return "FID" if network == "inception" else "FD"
-
-
 def quality_table(evaluation: FinishedEvaluation, network: str) -> Table:
     """All decoders and baselines on the features of one network, the held-out images themselves below them."""
     result, letter = evaluation.result, "g" if evaluation.generates else "r"
@@ -86,26 +84,28 @@ def quality_table(evaluation: FinishedEvaluation, network: str) -> Table:
             return None
         return Cell(f"{scores['frechet'] / floor['frechet']:.2f}")
 
-    distances = [
-        Metric(f"{letter}KID [95 %]", "↓", kid, network),
-        Metric(f"{letter}KID to held-out [95 %]", "↓", partial(kid, to="_to_held_out"), network),
-        Metric(f"{letter}{name}", "↓", number("frechet", 3), network),
-        Metric(f"{letter}{name} ÷ floor", "↓", ratio, network),
-        Metric(f"s{name}", "↓", number("spatial_frechet", 3), network),
-        Metric("IS", "↑", number("inception_score", 2), network),
-        Metric("precision", "↑", number("precision", 3), network),
-        Metric("recall", "↑", number("recall", 3), network),
-        Metric("copy rate", "", number("copy_rate", 3), network),
-    ]
+    beside = {
+        "kid": Metric(f"{letter}KID to held-out [95 %]", "↓", partial(kid, to="_to_held_out"), network),
+        "frechet": Metric(f"{letter}{name} ÷ floor", "↓", ratio, network),
+    }
+    distances = []
+    for key, metric in SET_METRICS.items():
+        if metric.label:
+            title, cell = metric.title(network, letter), number(key, metric.decimals)
+            if key == "kid":
+                title, cell = f"{title} [95 %]", kid
+            distances += [Metric(title, metric.better, cell, network), *([beside[key]] if key in beside else [])]
+    distances.append(Metric("copy rate", "", number("copy_rate", 3), network))
     pixels = [
-        Metric("PSNR", "↑", number("PSNR", 2)),
-        Metric("SSIM", "↑", number("SSIM", 4)),
-        Metric("LPIPS", "↓", number("LPIPS", 4), "alexnet"),
-        Metric("DreamSim", "↓", number("DreamSim", 4), "dreamsim"),
-        Metric("Lite0 distance", "↓", number("lite0_distance", 4), "efficientnet_lite0"),
-        Metric("fine power", "→ 1", number("power_ratio", 3)),
-        Metric("noise R²", "", number("noise_r2", 3)),
+        Metric(metric.label, metric.better, number(key, metric.decimals))
+        for key, metric in PIXEL_METRICS.items()
+        if metric.label
     ]
+    pixels += [
+        Metric(metric.label, "↓", number(key, metric.decimals), metric.network)
+        for key, metric in PERCEPTUAL_METRICS.items()
+    ]
+    pixels.append(Metric("noise R²", "", number("noise_r2", 3)))
     costs = [
         Metric("class acc.", "↑", number("class_accuracy", 3)),
         Metric("decode images/s", "↑", number("images_per_s", 1)),

@@ -7,6 +7,7 @@ import torch
 
 from ssdd import SSDD, LatentNorm
 from ssdd.adapters import AutoencoderSSDD
+from tests.small_tokenizer import random_tokenizer
 
 
 @pytest.fixture
@@ -19,13 +20,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def tokenizer() -> SSDD:
-    torch.manual_seed(0)
-    model = SSDD({"name": "f8c4", "width": 8}, "XXS", encoder_train=True)
-    with torch.no_grad():
-        for parameter in model.decoder.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return model.requires_grad_(False)
+    return random_tokenizer("f8c4").requires_grad_(False)
 
 
 @pytest.fixture

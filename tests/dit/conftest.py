@@ -6,35 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from dit.config import DiTConfig, DiTTrainingConfig, ModelConfig
-from latent_cache.config import BuildConfig
 from latent_cache.write.build import build
 from ssdd.engine.ema import EmaConfig
-from ssdd.images.sources import DatasetConfig
-from ssdd.model.tokenizer import SSDD
+from tests.small_cache import small_build
+from tests.small_tokenizer import save_encoder
 
 
 @pytest.fixture(scope="session")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Caches of 60 digits as latents of 2 x 4 x 4, by content: posterior means and moments. Not to be changed."""
     root = tmp_path_factory.mktemp("caches")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        SSDD({"name": "f8c2", "width": 16}, "XXS", encoder_train=True).save_pretrained(root / "tokenizer")
+    tokenizer = save_encoder(root / "tokenizer")
     for content in ("mean", "moments"):
-        dataset = DatasetConfig(source="digits", im_size=32, limit=60, crop="adm")
-        build(
-            BuildConfig(
-                tokenizer=str(root / "tokenizer"),
-                out=str(root / content),
-                content=content,
-                splits=["train"],
-                dataset=dataset,
-                device="cpu",
-            )
-        )
+        build(small_build(tokenizer, root / content, dataset={"im_size": 32}, content=content, splits=["train"]))
     return {content: root / content for content in ("mean", "moments")}
 
 

@@ -57,6 +57,7 @@ def arguments(folder: Path, *more: str, out: str = "evaluation", run_name: str =
         f"run_name={run_name}",
         f"ckpt_dir={folder / out}",
         f"out={folder / out}",
+        f"evaluation.cache={folder / out / 'cache'}",
         f"sampling.checkpoint={folder / 'generator.safetensors'}",
         "sampling.n=20",
         "sampling.steps=1",
@@ -135,13 +136,15 @@ def test_a_result_says_where_its_figures_come_from(folder):
 
 @pytest.mark.filterwarnings("ignore:Frechet distance of")
 def test_samples_are_also_held_against_images_that_the_generator_never_saw(folder):
-    scores = only(evaluate(folder, "evaluation.gap=false")["rows"][0]["distances"])
+    result = evaluate(folder, "evaluation.gap=false")
+    scores = only(result["rows"][0]["distances"])
     samples = load_statistics(next((folder / "evaluation" / "measured").rglob("statistics-0.safetensors")))[0]
     real = {
-        provenance["split"]: statistics
+        provenance["fingerprint"]: statistics
         for statistics, provenance in map(load_statistics, (folder / "evaluation" / "cache").rglob("*.safetensors"))
     }
-    for split, suffix in (("train", ""), ("val", "_to_held_out")):
+    for which, suffix in (("reference", ""), ("held_out", "_to_held_out")):
+        split = result[which]["fingerprint"]
         assert scores[f"kid{suffix}"] == pytest.approx(kernel_distance(samples.features, real[split].features))
         assert scores[f"frechet{suffix}"] == pytest.approx(frechet_distance(samples, real[split]))
         assert scores[f"kid_low{suffix}"] < scores[f"kid_high{suffix}"]

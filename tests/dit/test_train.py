@@ -34,7 +34,9 @@ def folder(cfg: DiTConfig) -> Path:
     return Path(cfg.ckpt_dir) / "jobs" / cfg.run_name
 
 
-IN_STEP_7 = AtCall(7, ("ssdd.engine.ema:Ema.update",))
+def in_step(step: int, averages: int = 1) -> AtCall:
+    """The moment in a step when the last of so many averages is to be updated."""
+    return AtCall(step * averages, ("ssdd.engine.ema:Ema.update",))
 
 
 def command(cfg: DiTConfig, processes: int = 1) -> Command:
@@ -89,7 +91,7 @@ def test_thirty_steps_lower_the_loss_and_leave_a_complete_run(settings):
 def test_a_killed_run_resumes_to_the_same_bytes(settings):
     straight, killed = settings("straight", "moments"), settings("killed", "moments")
     run(straight)
-    command(killed).kill(IN_STEP_7)
+    command(killed).kill(in_step(7))
     assert [row["step"] for row in metrics(killed)] == [1, 2, 3, 4, 5, 6]  # two of them after the checkpoint
     run(killed)
     assert weights(killed) == weights(straight)

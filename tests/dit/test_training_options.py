@@ -22,9 +22,10 @@ from latent_cache.write.build import build
 from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.ema import EmaConfig
 from ssdd.engine.errors import UserError
+from ssdd.fidelity.statistics import default_cache
 from ssdd.images.sources import DatasetConfig
 from ssdd.model.tokenizer import SSDD
-from tests.dit.test_train import IN_STEP_7, command, folder, metrics, weights
+from tests.dit.test_train import command, folder, in_step, metrics, weights
 
 DIGITS = DatasetConfig(source="digits", im_size=32, limit=60, crop="adm")
 TEACHER = "vit_tiny_patch16_224"
@@ -61,7 +62,7 @@ def every_option(settings, teacher_weights, monkeypatch):
 def test_a_killed_run_with_every_option_resumes_to_the_same_bytes(every_option):
     straight, killed = every_option("straight"), every_option("killed")
     result = run(straight)
-    command(killed).kill(IN_STEP_7)
+    command(killed).kill(in_step(7, averages=2))
     run(killed)
     assert weights(killed) == weights(straight)
     assert metrics(killed) == metrics(straight)
@@ -107,7 +108,7 @@ def test_any_of_several_averages_can_be_sampled(every_option, tmp_path):
 def test_two_killed_processes_resume_to_the_same_bytes(every_option):
     straight, killed = every_option("straight"), every_option("killed")
     command(straight, processes=2).run()
-    command(killed, processes=2).kill(IN_STEP_7)
+    command(killed, processes=2).kill(in_step(7, averages=2))
     assert json.loads((folder(killed) / "checkpoints" / "last" / "state.json").read_text())["step"] == 4
     command(killed, processes=2).run()
     assert weights(killed) == weights(straight)
@@ -150,7 +151,8 @@ def test_the_images_of_an_imported_cache_are_not_known(caches):
         CacheImages(DIGITS, cache)
 
 
-def test_online_fidelity_is_logged_and_changes_no_byte(settings, caches):
+def test_online_fidelity_is_logged_and_changes_no_byte(settings, caches, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     plain, measured = settings("plain", steps=4), settings("measured", steps=4)
     run(plain)
     options = {"fidelity_every": 2, "fidelity_samples": 6, "sample_every": 0}
@@ -163,7 +165,7 @@ def test_online_fidelity_is_logged_and_changes_no_byte(settings, caches):
     assert [row["step"] for row in found] == [2, 4]
     assert all(row["fidelity/frechet_efficientnet_lite0"] > 0 for row in found)
     assert found[0] | {"step": 4} != found[1]
-    features = list((Path(measured.ckpt_dir) / "cache" / "fidelity").iterdir())
+    features = list(default_cache().iterdir())
     assert len(features) == 1 and len(load_tensors(features[0])["features"]) == 60
     with pytest.raises(UserError, match="training.fidelity_every needs training.tokenizer"):
         run(settings(fidelity_every=2))

@@ -30,6 +30,8 @@ group = processes.group or torch.distributed.group.WORLD
 assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
 result = {"rank": rank, "world": processes.world}
 result["gathered"] = processes.gather(torch.tensor([[rank, 1]])).tolist()
+result["uneven"] = processes.gather(torch.full((2 * rank, 1), rank)).tolist()
+result["sum"] = processes.sum(torch.tensor([rank, 1])).tolist()
 result["objects"] = processes.gather_objects({"of": rank})
 result["mean"] = processes.mean(torch.tensor(float(rank))).item()
 result["agreed"] = processes.agree(lambda: rank + 7)
@@ -72,7 +74,8 @@ def test_alone_there_is_nothing_to_wait_for_and_everything_is_ones_own(monkeypat
     assert (alone.rank, alone.world, alone.device.type) == (0, 1, BEST) and alone.is_main
     assert Processes.join("cpu").device.type == "cpu"
     rows, module = torch.arange(3), torch.nn.Linear(1, 1)
-    assert alone.gather(rows) is rows and alone.mean(rows) is rows and alone.data_parallel(module) is module
+    assert alone.gather(rows) is rows and alone.mean(rows) is rows and alone.sum(rows) is rows
+    assert alone.data_parallel(module) is module
     assert alone.gather_objects("a") == ["a"] and alone.agree(lambda: 3) == 3
     with alone.main_first(), gradients_kept(module, True):
         alone.wait()
@@ -110,6 +113,8 @@ def test_two_processes_agree_exchange_and_average(tmp_path):
     shared = {
         "world": 2,
         "gathered": [[0, 1], [1, 1]],
+        "uneven": [[1], [1]],
+        "sum": [1, 2],
         "objects": [{"of": 0}, {"of": 1}],
         "mean": 0.5,
         "agreed": 7,

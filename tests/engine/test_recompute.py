@@ -12,17 +12,9 @@ from dit.model import DiT
 from ssdd.engine.recompute import recompute_activations
 from ssdd.losses.objective import AutoencoderObjective, TokenizerFlowObjective, step_draws, weighted_sum
 from ssdd.model.tokenizer import SSDD
+from tests.small_tokenizer import filled
 
 Loss = Callable[[], Tensor]
-
-
-def filled(network: nn.Module) -> nn.Module:
-    """No weight stays zero, so that every gradient says something."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return network
 
 
 def tokenizer(decoder: str | dict) -> tuple[SSDD, Loss]:

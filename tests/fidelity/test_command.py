@@ -4,15 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ssdd.engine.processes import Processes
 from ssdd.fidelity import compare as compare_module
 from ssdd.fidelity.command import decide, main
 from ssdd.fidelity.features import load_features
 from ssdd.fidelity.kid import KernelEstimate
-from ssdd.fidelity.measure import measure
 from ssdd.fidelity.set_to_measure import SetToMeasure
-from ssdd.fidelity.stored_sets import open_set
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,8 @@ def test_every_metric_through_the_network_agrees_for_any_batch_size(folders):
     rows = []
     for batch_size in (1, 7, 64):
         sets = {
-            name: measure(open_set(folders / name, im_size=32), network, batch_size) for name in ("inverted", "real")
+            name: SetToMeasure(folders / name, 32).statistics([network], ALONE, batch_size=batch_size)[network.name]
+            for name in ("inverted", "real")
         }
         rows.append(compare_module.compare(sets, ["inverted"], "real", "real", resamples=10, seed=0)[0]["inverted"])
     assert len(rows[0]) == 9

@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ssdd.engine.processes import Processes
 from ssdd.fidelity import features as features_module
-from ssdd.fidelity.compare import compare, drawn, frechet_floor, paired_differences
+from ssdd.fidelity.compare import compare, frechet_floor, paired_differences
 from ssdd.fidelity.features import FeatureNetwork, Outputs, load_networks
 from ssdd.fidelity.frechet import frechet_distance
 from ssdd.fidelity.kid import KernelEstimate, kernel_distance
-from ssdd.fidelity.measure import SetScores
+from ssdd.fidelity.measure import measure
 from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.set_metrics import drawn
 
 DIM = 3
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def gaussian(n: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -72,7 +75,7 @@ def test_kernel_scores_are_to_the_other_real_images(sets):
 
 
 def test_precision_and_recall_are_left_out_on_demand_and_change_nothing_else(sets):
-    full, less = (compare(sets, ["moved"], "originals", "reals", 10, 0, with_precision=p)[0] for p in (True, False))
+    full, less = (compare(sets, ["moved"], "originals", "reals", 10, 0, slow=p)[0] for p in (True, False))
     assert (
         less["moved"] == {k: v for k, v in full["moved"].items() if k not in ("precision", "recall")} != full["moved"]
     )
@@ -127,13 +130,8 @@ def test_noise_that_two_rows_share_cancels_in_their_difference():
 def test_sets_are_collected_in_any_order_and_every_image_once():
     images = torch.randint(0, 256, (10, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     network = FeatureNetwork("means", DIM, "", ChannelMeans())
-    collected = SetScores([network])
-    for batch in ([7, 8, 9], [0, 1, 2, 3], [3, 4, 5, 6]):
-        collected.update("row", images[batch], torch.tensor(batch))
-    collected.update("originals", images, torch.arange(10))
-    computed = collected.compute()
-    assert list(computed) == ["means"] and list(computed["means"]) == ["row", "originals"]
-    row, originals = computed["means"].values()
+    parts = [(images[batch], torch.tensor(batch)) for batch in ([7, 8, 9], [0, 1, 2, 3], [3, 4, 5, 6])]
+    row, originals = (measure(own, [network], ALONE)["means"] for own in (parts, [(images, torch.arange(10))]))
     assert row.count == 10 and torch.equal(row.features, images.float().mean(dim=(2, 3)))
     assert torch.equal(row.mean, originals.mean) and torch.equal(row.cov, originals.cov)
 
@@ -150,10 +148,11 @@ class EveryOutput(nn.Module):
 def test_spatial_distance_and_inception_score_need_no_kept_features(keep_features):
     images = torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     other = images.flip(3).clamp(max=250)
-    collected = SetScores([FeatureNetwork("every", DIM, "", EveryOutput(), classes=3, spatial_dim=3)], keep_features)
-    collected.update("row", images, torch.arange(40))
-    collected.update("reals", other, torch.arange(40))
-    sets = collected.compute()["every"]
+    network = FeatureNetwork("every", DIM, "", EveryOutput(), classes=3, spatial_dim=3)
+    sets = {
+        name: measure([(pixels, torch.arange(40))], [network], ALONE, keep_features)["every"]
+        for name, pixels in (("row", images), ("reals", other))
+    }
     row = compare(sets, ["row"], "reals", "reals", resamples=5, seed=0)[0]["row"]
     corners = [statistics(pixels[:, :, 0, 0].float()) for pixels in (images, other)]
     assert row["spatial_frechet"] == pytest.approx(frechet_distance(*corners), rel=1e-9)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,12 +7,18 @@ from PIL import Image
 from torch import nn
 
 from ssdd.engine.errors import UserError
-from ssdd.fidelity import measure as measure_module
+from ssdd.engine.files import sha256_json
+from ssdd.engine.processes import Processes
+from ssdd.fidelity import statistics as statistics_module
 from ssdd.fidelity.features import FeatureNetwork, Outputs
-from ssdd.fidelity.measure import measure, measure_once, provenance_of
+from ssdd.fidelity.measure import measure
 from ssdd.fidelity.set_to_measure import SetToMeasure
-from ssdd.fidelity.statistics import load_statistics
+from ssdd.fidelity.split_images import SplitImages
+from ssdd.fidelity.statistics import load_statistics, measure_once, provenance_of
 from ssdd.fidelity.stored_sets import Treatment, open_set
+from ssdd.images.sources import DatasetConfig
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 class Means(nn.Module):
@@ -23,6 +31,14 @@ class Means(nn.Module):
 
 def means_network(name="inception", checksum="aa"):
     return FeatureNetwork(name, 3, checksum, Means(), classes=3, spatial_dim=3)
+
+
+def measured_once(images, network, batch_size, cache, **options):
+    return measure_once(images, [network], ALONE, cache, batch_size, **options)[network.name]
+
+
+def read(opened, network):
+    return opened.statistics([network], ALONE)[network.name]
 
 
 def write(folder, n, seed=0):
@@ -41,37 +57,55 @@ def same(a, b):
 def test_a_reference_is_measured_once_for_the_same_images_crop_and_weights(tmp_path, monkeypatch):
     write(tmp_path / "a", 20)
     images, network, cache = open_set(tmp_path / "a"), means_network(), tmp_path / "cache"
-    first = measure_once(images, network, 4, cache)
+    first = measured_once(images, network, 4, cache)
     with monkeypatch.context() as nothing_measured:
-        nothing_measured.setattr(measure_module, "measure", None)
-        again = measure_once(open_set(tmp_path / "a"), network, 7, cache)
+        nothing_measured.setattr(statistics_module, "measure", None)
+        again = measured_once(open_set(tmp_path / "a"), network, 7, cache)
     assert same(first, again)
-    assert torch.equal(first.features, measure(images, network, 20).features)
-    measure_once(open_set(tmp_path / "a", im_size=4), network, 4, cache)
-    measure_once(images, means_network(checksum="bb"), 4, cache)
+    assert torch.equal(first.features, measure(images.batches(20), [network], ALONE)["inception"].features)
+    measured_once(open_set(tmp_path / "a", im_size=4), network, 4, cache)
+    measured_once(images, means_network(checksum="bb"), 4, cache)
     assert len(list(cache.iterdir())) == 3
 
 
-def test_features_are_kept_of_so_many_images_at_most_and_moments_are_of_all(tmp_path, monkeypatch):
+def test_features_are_kept_of_so_many_images_at_most_and_moments_are_of_all(tmp_path):
     write(tmp_path / "a", 20)
     images, network = open_set(tmp_path / "a"), means_network()
-    every = measure(images, network, 4)
-    monkeypatch.setattr(measure_module, "KEPT_IMAGES", 8)
-    some = measure_once(images, network, 4, tmp_path / "cache")
+    every = measure(images.batches(4), [network], ALONE)["inception"]
+    some = measured_once(images, network, 4, tmp_path / "cache", kept=8)
     assert some.count == 20 and torch.allclose(some.cov, every.cov, rtol=1e-12)
     assert len(some.features) == 8 and all((every.features == row).all(dim=1).any() for row in some.features)
-    monkeypatch.setattr(measure_module, "KEPT_IMAGES", 100)  # another number is another file
-    assert len(measure_once(images, network, 4, tmp_path / "cache").features) == 20
+    assert len(measured_once(images, network, 4, tmp_path / "cache", kept=100).features) == 20  # another file
+
+
+def test_a_cache_that_can_not_be_written_to_is_warned_of_and_costs_nothing_else(tmp_path, caplog):
+    write(tmp_path / "a", 20)
+    (tmp_path / "cache").write_text("a file, not a folder")
+    images = open_set(tmp_path / "a")
+    assert measured_once(images, means_network(), 4, tmp_path / "cache").count == 20
+    assert "can't store statistics" in caplog.text
+
+
+def test_a_split_is_a_set_that_is_measured_once_and_its_key_knows_what_is_skipped(tmp_path):
+    cfg = DatasetConfig(source="digits", im_size=16, limit=12)
+    images, network = SplitImages(cfg, "val"), means_network()
+    first = measured_once(images, network, 5, tmp_path)
+    assert torch.equal(first.features, images.dataset.pixels(range(12)).double().mean(dim=(2, 3)).float())
+    same_images = (SplitImages(cfg, "val"), SplitImages(replace(cfg, workers=1), "val"))
+    others = (replace(cfg, limit=11), replace(cfg, crop="adm"), replace(cfg, on_corrupt="skip"))
+    assert len({sha256_json(provenance_of(each, [network])) for each in (images, *same_images)}) == 1
+    assert len({sha256_json(provenance_of(SplitImages(other, "val"), [network])) for other in (cfg, *others)}) == 4
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_statistics_file_stands_for_its_images_and_says_where_it_comes_from(tmp_path):
     write(tmp_path / "a", 20)
     network = means_network()
     images = open_set(tmp_path / "a", im_size=4)
-    expected = measure_once(images, network, 4, tmp_path / "cache")
+    expected = measured_once(images, network, 4, tmp_path / "cache")
     path = next((tmp_path / "cache").iterdir())
     stored, provenance = load_statistics(path)
-    assert same(stored, expected) and provenance == provenance_of(images, network)
+    assert same(stored, expected) and provenance == provenance_of(images, [network])["inception"]
     assert provenance | {"fingerprint": ""} == {
         "network": "inception", "dim": 3, "checksum": "aa", "resize": "none",
         "crop": "adm", "size": [4, 4], "count": 20, "kept_features": 20,
@@ -79,11 +113,11 @@ def test_a_statistics_file_stands_for_its_images_and_says_where_it_comes_from(tm
     }  # fmt: skip
     opened = SetToMeasure(path)
     assert opened.treatment == Treatment("adm", (4, 4)) and opened.count == 20
-    assert same(opened.statistics(network, 4), expected)
+    assert same(read(opened, network), expected)
     with pytest.raises(UserError, match="weights aa.*weights bb"):
-        opened.statistics(means_network(checksum="bb"), 4)
+        read(opened, means_network(checksum="bb"))
     with pytest.raises(UserError, match="not with other"):
-        opened.statistics(means_network("other"), 4)
+        read(opened, means_network("other"))
 
 
 def test_adms_reference_gives_its_moments_and_the_features_of_its_images(tmp_path):
@@ -92,20 +126,20 @@ def test_adms_reference_gives_its_moments_and_the_features_of_its_images(tmp_pat
     moments = {"mu": draw.randn(3), "mu_s": draw.randn(3), "sigma": np.eye(3) * 2, "sigma_s": np.eye(3) * 3}
     np.savez(tmp_path / "adm.npz", arr_0=images, **moments)
     opened = SetToMeasure(tmp_path / "adm.npz")
-    statistics = opened.statistics(means_network(), 5)
+    statistics = read(opened, means_network())
     assert statistics.count is None and opened.treatment == Treatment("unknown", (8, 8))
     assert np.array_equal(statistics.mean, moments["mu"]) and np.array_equal(statistics.spatial.cov, moments["sigma_s"])
-    expected = measure(open_set(tmp_path / "a"), means_network(), 5).features
+    expected = measure(open_set(tmp_path / "a").batches(5), [means_network()], ALONE)["inception"].features
     assert torch.allclose(statistics.features, expected)
     with pytest.raises(UserError, match="measured with inception"):
-        opened.statistics(means_network("efficientnet_lite0"), 5)
+        read(opened, means_network("efficientnet_lite0"))
 
 
 def test_torch_fidelitys_statistics_are_read_without_running_code(tmp_path):
     mu, sigma = np.arange(3, dtype=np.float32), np.eye(3)
     path = tmp_path / "set-inception-v3-compat-stat-fid-2048.pt"
     torch.save({"mu": mu, "sigma": sigma}, path)
-    statistics = SetToMeasure(path).statistics(means_network(), 1)
+    statistics = read(SetToMeasure(path), means_network())
     assert statistics.mean.tolist() == [0, 1, 2] and torch.equal(statistics.cov, torch.eye(3).double())
 
     class Malicious:

@@ -23,7 +23,7 @@ from ssdd.fidelity.frechet import frechet_distance
 from ssdd.fidelity.inception_score import InceptionScore, shuffled_splits
 from ssdd.fidelity.kid import kernel_distance, kernel_distance_of_subsets
 from ssdd.fidelity.moments import FeatureStatistics
-from ssdd.fidelity.neighbours import precision_recall
+from ssdd.fidelity.neighbours import precision, recall
 from ssdd.fidelity.stored_sets import open_set
 from tests.fidelity.inception import write_random_inception
 
@@ -146,15 +146,14 @@ def ours(a: Path, b: Path, network_name: str, subset_size: int) -> tuple[dict[st
     x, y = (own.compute() for own in collected)
     kid, kid_deviation = kernel_distance_of_subsets(x.features, y.features, SUBSETS, subset_size)
     inception_score, inception_score_deviation = score.compute()
-    precision, recall = precision_recall(y.features, x.features)
     return {
         "frechet": frechet_distance(x, y),
         "kid": kid,
         "kid_deviation": kid_deviation,
         "inception_score": inception_score,
         "inception_score_deviation": inception_score_deviation,
-        "precision": precision,
-        "recall": recall,
+        "precision": precision(y.features, x.features),
+        "recall": recall(y.features, x.features),
     }, kernel_distance(x.features, y.features)
 
 

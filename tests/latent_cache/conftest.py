@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from latent_cache.config import BuildConfig, ViewsConfig, adm_images
+from latent_cache.config import BuildConfig
 from latent_cache.write.build import build
-from ssdd.model.tokenizer import SSDD
 from tests.latent_cache.synthetic import make_cache, normal
+from tests.small_cache import small_build
+from tests.small_tokenizer import save_encoder
 
 Settings = Callable[..., BuildConfig]
 
@@ -21,28 +21,13 @@ Settings = Callable[..., BuildConfig]
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an f8c2 tokenizer whose posteriors have clear means and variances."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = SSDD({"name": "f8c2", "width": 16}, "XXS", encoder_train=True)
-        with torch.no_grad():
-            model.encoder.out_proj.bias.copy_(torch.tensor([0.5, -2.0, -1.0, 1.0]))
-    folder = tmp_path_factory.mktemp("tokenizer")
-    model.save_pretrained(folder)
-    return folder
+    return save_encoder(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")
 def settings(tokenizer: Path) -> Settings:
-    """Settings of a small build: 60 digits a split at 16 pixels, in shards of 16."""
-
-    def make(out: Path, flip: bool = False, dataset: dict | None = None, **changes: object) -> BuildConfig:
-        images = {"source": "digits", "im_size": 16, "limit": 60, "flip": flip or None} | (dataset or {})
-        changes = {"samples_per_shard": 16, "batch_size": 8, "device": "cpu"} | changes
-        return BuildConfig(
-            str(tokenizer), str(out), dataset=replace(adm_images(), **images), views=ViewsConfig(flip), **changes
-        )
-
-    return make
+    """Settings of a small build by that tokenizer."""
+    return partial(small_build, tokenizer)
 
 
 @pytest.fixture(scope="session")

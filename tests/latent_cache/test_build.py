@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from latent_cache import LatentDataset
+from latent_cache.config import ViewsConfig
 from latent_cache.write import build as build_module
 from latent_cache.write.build import build
 from latent_cache.write.folder import lock_of
@@ -176,10 +178,8 @@ def test_a_folder_that_is_no_cache_is_never_touched(settings, tmp_path):
 
 
 def test_mirrored_views_are_refused_where_a_mirror_image_is_no_image(settings, tmp_path):
-    cfg = settings(tmp_path)
-    cfg.views.flip = True
     with pytest.raises(UserError, match=r"views\.flip=true.*digits"):
-        build(cfg)
+        build(replace(settings(tmp_path), views=ViewsConfig(flip=True)))
 
 
 @pytest.mark.parametrize(

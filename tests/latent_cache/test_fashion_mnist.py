@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,7 @@ def test_a_build_killed_at_three_random_moments_writes_the_same_directory(whole,
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_label_and_the_hash_of_every_row_are_those_of_a_loop_over_the_data(whole, tokenizer, split):
     cache = LatentDataset(whole[0], split, verify="full")
-    cfg = adm_images()
-    cfg.source, cfg.im_size, cfg.limit = "fashion_mnist", 32, IMAGES
+    cfg = replace(adm_images(), source="fashion_mnist", im_size=32, limit=IMAGES)
     images = ImageDataset(open_source(cfg, split), cfg, train=False)
     assert len(cache) == len(images) == min(IMAGES, 60000 if split == "train" else 10000)
     model = SSDD.from_pretrained(tokenizer).eval()

@@ -160,8 +160,7 @@ def test_another_tokenizer_does_not_continue_a_build(settings, tmp_path, monkeyp
         patch.setattr(build_module, "normalise_shards", interrupt)
         build(settings(tmp_path / "cache", **small))
     SSDD({"name": "f8c2", "width": 16}, "XXS").save_pretrained(tmp_path / "other")
-    changed = settings(tmp_path / "cache", **small)
-    changed.tokenizer = str(tmp_path / "other")
+    changed = replace(settings(tmp_path / "cache", **small), tokenizer=str(tmp_path / "other"))
     with pytest.raises(UserError, match=r"unfinished build with other settings \(tokenizer\.fingerprint"):
         build(changed)
 

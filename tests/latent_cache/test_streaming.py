@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from latent_cache import LatentDataset, StreamingLatents, open_webdataset
+from latent_cache import Download, LatentDataset, ShardOrder, StreamingLatents, open_webdataset
 from latent_cache.read.shard_copies import ShardFetcher
 from latent_cache.verify import verify
 from latent_cache.write.build import build
@@ -40,7 +40,7 @@ def batch_lists(batches, steps: int) -> list[tuple[list, list, list]]:
 def test_an_epoch_gives_the_samples_of_the_mapped_cache_bit_for_bit(cache, split, request, tmp_path):
     folder = request.getfixturevalue(cache)
     mapped = LatentDataset(folder, split)
-    stream = StreamingLatents(f"file://{folder}", split, cache_dir=tmp_path, window=2)
+    stream = StreamingLatents(f"file://{folder}", split, cache_dir=tmp_path, order=ShardOrder(window=2))
     seen = []
     for latents, labels, indices in itertools.islice(stream.batches(12, seed=1), 5):
         seen += indices.tolist()
@@ -53,7 +53,8 @@ def test_an_epoch_gives_the_samples_of_the_mapped_cache_bit_for_bit(cache, split
 
 
 def test_without_shuffling_the_order_is_that_of_the_cache(means, tmp_path):
-    mapped, stream = LatentDataset(means), StreamingLatents(str(means), cache_dir=tmp_path, shuffle=False)
+    stream = StreamingLatents(str(means), cache_dir=tmp_path, order=ShardOrder(shuffle=False))
+    mapped = LatentDataset(means)
     assert [index for _, _, index in stream] == list(range(60))
     assert all(torch.equal(latent, mapped[index][0]) for latent, _, index in stream)
 
@@ -68,7 +69,7 @@ def test_after_an_epoch_the_copy_is_a_whole_cache(means, tmp_path):
 
 
 def test_epochs_differ_and_a_window_of_shards_is_shuffled_together(means, tmp_path):
-    stream = StreamingLatents(str(means), cache_dir=tmp_path, window=2)
+    stream = StreamingLatents(str(means), cache_dir=tmp_path, order=ShardOrder(window=2))
     first, second = ([index for _, _, index in stream] for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(60)) and first != second
     stream.set_epoch(0)
@@ -82,7 +83,7 @@ def test_epochs_differ_and_a_window_of_shards_is_shuffled_together(means, tmp_pa
 @pytest.mark.parametrize("parts", [1, 2])
 def test_two_processes_share_the_batches_of_one(moments, tmp_path, parts):
     def stream() -> StreamingLatents:
-        return StreamingLatents(str(moments), cache_dir=tmp_path, window=1, parts=parts)
+        return StreamingLatents(str(moments), cache_dir=tmp_path, order=ShardOrder(window=1, parts=parts))
 
     alone = list(itertools.islice(stream().batches(20, seed=2), 7))
     ranks = [list(itertools.islice(stream().batches(20, 2, None, rank, 2), 7)) for rank in (0, 1)]
@@ -96,9 +97,8 @@ def test_a_machine_downloads_its_part_of_an_epoch(settings, tmp_path):
     indices = []
     for rank in (0, 1):
         copy = tmp_path / str(rank)
-        batches = StreamingLatents(str(tmp_path / "cache"), cache_dir=copy, window=1, parts=2).batches(
-            20, rank=rank, world=2
-        )
+        stream = StreamingLatents(str(tmp_path / "cache"), cache_dir=copy, order=ShardOrder(window=1, parts=2))
+        batches = stream.batches(20, rank=rank, world=2)
         indices += [i for _ in range(3) for i in next(batches)[2].tolist()]
         assert len(list((copy / "train").glob("*.tar"))) <= 7  # half of the 12 shards, and the next one
     assert sorted(indices) == list(range(60))
@@ -107,7 +107,7 @@ def test_a_machine_downloads_its_part_of_an_epoch(settings, tmp_path):
 @pytest.mark.parametrize("worlds", [(1, 1), (2, 2), (2, 1), (1, 2)])
 def test_a_saved_state_goes_on_with_exactly_the_remaining_samples(moments, tmp_path, worlds):
     def streams(world: int) -> list[StreamingLatents]:
-        return [StreamingLatents(str(moments), cache_dir=tmp_path, window=2) for _ in range(world)]
+        return [StreamingLatents(str(moments), cache_dir=tmp_path, order=ShardOrder(window=2)) for _ in range(world)]
 
     def read(readers: list[StreamingLatents], steps: int) -> list[list]:
         world = len(readers)
@@ -127,7 +127,7 @@ def test_a_saved_state_goes_on_with_exactly_the_remaining_samples(moments, tmp_p
 
 
 def test_a_state_is_for_its_kind_of_reader_but_a_start_is_for_all(means, tmp_path):
-    stream, mapped = StreamingLatents(str(means), cache_dir=tmp_path, window=2), LatentDataset(means)
+    stream, mapped = StreamingLatents(str(means), cache_dir=tmp_path, order=ShardOrder(window=2)), LatentDataset(means)
     stream.load_state_dict(stream.state_dict())
     next(stream.batches(10))
     mapped.load_state_dict(stream.state_dict())
@@ -149,7 +149,7 @@ def test_an_iteration_resumes_to_the_sample(means, tmp_path):
     assert begun + [index for _, _, index in other] == whole
     assert sorted(index for _, _, index in other) == list(range(60))
     with pytest.raises(UserError, match="window=3, but the state to continue from belongs to window 16"):
-        different = StreamingLatents(str(means), cache_dir=tmp_path, window=3)
+        different = StreamingLatents(str(means), cache_dir=tmp_path, order=ShardOrder(window=3))
         different.load_state_dict(resumed.state_dict())
         next(iter(different))
 
@@ -169,14 +169,17 @@ def test_workers_share_an_epoch(means, tmp_path):
 
 def test_a_bounded_copy_stays_within_its_bytes_and_gives_the_same(means, tmp_path):
     size = (means / "train/000000.tar").stat().st_size
-    free = StreamingLatents(str(means), cache_dir=tmp_path / "free", window=1)
-    bounded = StreamingLatents(str(means), cache_dir=tmp_path / "bounded", window=1, cache_bytes=3 * size)
+    free = StreamingLatents(str(means), cache_dir=tmp_path / "free", order=ShardOrder(window=1))
+    bounded = StreamingLatents(
+        str(means), cache_dir=tmp_path / "bounded", order=ShardOrder(window=1), download=Download(cache_bytes=3 * size)
+    )
     expected = free.batches(10)
     for batch in itertools.islice(bounded.batches(10), 18):
         assert all(torch.equal(a, b) for a, b in zip(batch, next(expected), strict=True))
         assert sum(tar.stat().st_size for tar in (tmp_path / "bounded/train").glob("*.tar")) <= 3 * size
+    small = StreamingLatents(str(means), cache_dir=tmp_path / "small", download=Download(cache_bytes=1000))
     with pytest.raises(UserError, match=r"cache_bytes=1000 can't hold the 4 shards .* raise it, or lower window=16"):
-        next(StreamingLatents(str(means), cache_dir=tmp_path / "small", cache_bytes=1000).batches(10))
+        next(small.batches(10))
 
 
 def test_a_shard_that_another_process_deletes_before_it_is_mapped_is_fetched_again(means, tmp_path, monkeypatch):
@@ -326,3 +329,12 @@ def test_the_decoder_refuses_members_that_no_cache_has():
 
     with pytest.raises(UserError, match=r"sample 000000001 has a member \.pkl"):
         decode_sample({"__key__": "000000001", "pkl": b""})
+
+
+def test_a_batch_that_the_parts_do_not_divide_is_refused(means, tmp_path):
+    stream = StreamingLatents(str(means), cache_dir=tmp_path, order=ShardOrder(parts=2))
+    for read in (stream.batches, stream.steps):
+        with pytest.raises(UserError, match="parts=2 does not divide batch_size=15"):
+            read(15)
+    with pytest.raises(UserError, match="window=0: expected a positive number"):
+        ShardOrder(window=0)

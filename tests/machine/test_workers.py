@@ -31,7 +31,7 @@ try:
     batches = eval_batches(ImageDataset(open_source(cfg, "train"), cfg, train=False), 8, workers=workers)
     total = 0
     for x, _, _ in batches:
-        total += int(((x + 1) * 127.5).round().long().sum())
+        total += int(x.long().sum())
     print("total", total)
 except UserError as problem:
     print("error:", problem)

@@ -12,24 +12,15 @@ from ssdd import SSDD
 from ssdd.engine.errors import UserError
 from ssdd.model.compared_decoders import open_rows
 from ssdd.model.foreign_encoders import ForeignAutoencoder, ForeignEncoder
+from tests.small_tokenizer import random_vae
 
 diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=16,
-        scaling_factor=0.4,
-        shift_factor=0.1,
-    )
     folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
+    random_vae(scaling_factor=0.4, shift_factor=0.1).save_pretrained(folder)
     return folder
 
 

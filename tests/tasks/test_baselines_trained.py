@@ -11,6 +11,7 @@ from ssdd.engine.run import RunDirectory
 from ssdd.model.kl_decoder import KLDecoder
 from ssdd.tasks.evaluate import run as evaluate
 from ssdd.tasks.train import run
+from tests.small_tokenizer import random_vae
 
 diffusers = pytest.importorskip("diffusers")
 LEARN = ("training.steps=8", "training.optimizer=adamw", "training.lr=3e-3")
@@ -55,16 +56,7 @@ def test_the_direct_objective_learns_one_step_from_noise_to_real_images(config, 
 
 
 def test_all_stages_run_on_the_latents_of_a_frozen_vae(config, tmp_path):
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=16,
-        scaling_factor=0.3,
-    )
-    vae.save_pretrained(tmp_path / "vae")
+    random_vae(scaling_factor=0.3).save_pretrained(tmp_path / "vae")
     encoder = f"ssdd.encoder={tmp_path / 'vae'}"
     run(config(*LEARN, encoder))
     run(config(*LEARN, encoder, "run_name=student", "ssdd.checkpoint=tokenizer", "distill_teacher=true"))

@@ -17,7 +17,7 @@ from ssdd.engine.processes import Processes
 from ssdd.fidelity.features import FeatureNetwork
 from ssdd.model.compared_decoders import Row
 from ssdd.tasks import evaluate as evaluation_task
-from ssdd.tasks.evaluate import Evaluation, run
+from ssdd.tasks.evaluate import Evaluator, run
 from ssdd.tasks.train import run as train
 
 
@@ -27,8 +27,8 @@ def trained(config):
     return config
 
 
-def opened(cfg) -> Evaluation:
-    return Evaluation(cfg, Processes(0, 1, torch.device("cpu")), Precision.float32("cpu"))
+def opened(cfg) -> Evaluator:
+    return Evaluator(cfg, Processes(0, 1, torch.device("cpu")), Precision.float32("cpu"))
 
 
 def evaluate(config, *arguments: str) -> dict:

@@ -11,6 +11,7 @@ from ssdd import SSDD, LatentNorm
 from ssdd.fidelity.features import load_features
 from ssdd.images.batches import eval_batches
 from ssdd.images.dataset import ImageDataset
+from ssdd.images.pixels import from_uint8
 from ssdd.images.sources import open_source
 from ssdd.main import main
 from tests.small_tokenizer import ARGUMENTS
@@ -29,7 +30,7 @@ def test_z_stats_equals_a_direct_computation(tokenizer, config, tmp_path):
     cfg = config()
     dataset = ImageDataset(open_source(cfg.dataset, "train"), cfg.dataset, train=False)
     with torch.no_grad():
-        z = torch.cat([tokenizer.encode(x).mode() for x, _, _ in eval_batches(dataset, 8)]).double()
+        z = torch.cat([tokenizer.encode(from_uint8(x)).mode() for x, _, _ in eval_batches(dataset, 8)]).double()
     assert torch.allclose(norm.mean.double(), z.mean(dim=(0, 2, 3)), atol=1e-6)
     assert torch.allclose(norm.std.double(), z.std(dim=(0, 2, 3), correction=0), rtol=1e-5)
     result = json.loads((tmp_path / "jobs" / "stats" / "task_result.json").read_text())

@@ -26,7 +26,7 @@ class ChannelStatistics:
     noise: np.ndarray
 
     @classmethod
-    def of(cls, rows: np.ndarray, content: str) -> ChannelStatistics:
+    def of(cls, rows: np.ndarray, content: str = "mean") -> ChannelStatistics:
         """Statistics of raw rows float32 [n, K, h, w]: K = C means, or with content=moments 2C, means and logvars."""
         channels = rows.shape[1] // 2 if content == "moments" else rows.shape[1]
         flat = rows.transpose(1, 0, 2, 3).reshape(rows.shape[1], -1).astype(np.float64)  # [K, n h w]

@@ -1,0 +1,69 @@
+"""What generated images are compared with: the training images of a data set, or a reference made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit.config import DiTConfig, EvaluationConfig
+from ssdd.engine.errors import UserError
+from ssdd.engine.processes import Processes
+from ssdd.fidelity.features import FeatureNetwork
+from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.set_to_measure import SetToMeasure
+from ssdd.fidelity.split_images import SplitImages
+from ssdd.fidelity.statistics import default_cache, measure_once
+from ssdd.fidelity.stored_sets import Treatment, check_comparable
+
+
+def open_reference(cfg: DiTConfig, networks: Sequence[FeatureNetwork]) -> SetToMeasure | SplitImages:
+    """`evaluation.reference`, or the training images. UserError when it is a file of another network's statistics."""
+    if not cfg.evaluation.reference:
+        return SplitImages(cfg.dataset, "train")
+    reference = SetToMeasure(cfg.evaluation.reference, cfg.dataset.im_size, cfg.dataset.crop)
+    for network in networks:
+        reference.check_network(network)
+    return reference
+
+
+def measured(
+    images: SetToMeasure | SplitImages, networks: Sequence[FeatureNetwork], processes: Processes, cfg: EvaluationConfig
+) -> dict[str, Statistics]:
+    """Network name -> statistics of real images, in the main process; for all processes together."""
+    cache = Path(cfg.cache) if cfg.cache else default_cache()
+    if isinstance(images, SetToMeasure):
+        return images.statistics(networks, processes, cache, cfg.batch_size)
+    return measure_once(images, networks, processes, cache, kept=cfg.kept_features)
+
+
+def described(images: SetToMeasure | SplitImages, kept: int) -> dict[str, Any]:
+    """What a result records of real images, of which the features of `kept` at most are kept."""
+    if isinstance(images, SplitImages):
+        return {**images.describe(), "kept_features": min(kept, len(images))}
+    treatment = {"crop": images.treatment.crop, "size": images.treatment.size}
+    return {"source": str(images.path), "fingerprint": None, **images.describe(), **treatment}
+
+
+def check_treatment(cfg: DiTConfig, made_of: dict | None, reference: SetToMeasure | SplitImages) -> str | None:
+    """How samples and reference differ in crop or size, or None; UserError unless evaluation.allow_mismatch.
+
+    made_of: what the cache of the generator records of its images; foreign files record nothing.
+    """
+    samples = Treatment((made_of or {}).get("crop") or "unknown", (cfg.dataset.im_size,) * 2)
+    problem = check_comparable(samples, reference.treatment, ("samples", "reference"), allow_mismatch=True)
+    if problem and not cfg.evaluation.allow_mismatch:
+        raise UserError(
+            f"{problem}: a distance between them is not comparable with published ones. Take the reference with the "
+            "crop of the cache (dataset.crop), or set evaluation.allow_mismatch=true"
+        )
+    return problem
+
+
+def labels_of(labels: torch.Tensor, description: dict) -> str:
+    """The label scheme in words."""
+    counts = labels.unique(return_counts=True)[1]
+    scheme = "balanced: index modulo classes" if description.get("balanced", True) else "drawn at random a sample"
+    return f"{scheme}; {len(counts)} classes, {int(counts.min())} to {int(counts.max())} samples each"

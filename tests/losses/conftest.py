@@ -1,5 +1,0 @@
-"""Fixtures of a small tokenizer for the tests of `ssdd/losses`."""
-
-from tests.small_tokenizer import config, tokenizer
-
-__all__ = ["config", "tokenizer"]
