@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dit.config import DiTConfig, EvaluationConfig
+from dit.config import DiTConfig, DiTEvaluationConfig
 from ssdd.engine.errors import UserError
 from ssdd.engine.processes import Processes
 from ssdd.fidelity.features import FeatureNetwork
@@ -30,7 +30,10 @@ def open_reference(cfg: DiTConfig, networks: Sequence[FeatureNetwork]) -> SetToM
 
 
 def measured(
-    images: SetToMeasure | SplitImages, networks: Sequence[FeatureNetwork], processes: Processes, cfg: EvaluationConfig
+    images: SetToMeasure | SplitImages,
+    networks: Sequence[FeatureNetwork],
+    processes: Processes,
+    cfg: DiTEvaluationConfig,
 ) -> dict[str, Statistics]:
     """Network name -> statistics of real images, in the main process; for all processes together."""
     cache = Path(cfg.cache) if cfg.cache else default_cache()
