@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,7 +64,7 @@ def measure_once(
     """
     described = processes.agree(lambda: provenance_of(images, networks, kept))
     files = {name: cache / f"{sha256_json(own)}.safetensors" for name, own in described.items()} if cache else {}
-    known = processes.agree(lambda: [name for name, file in files.items() if file.is_file()])
+    known = processes.agree(lambda: [name for name, file in files.items() if os.path.isfile(file)])
     missing = [network for network in networks if network.name not in known]
     measured: dict[str, Statistics] = {}
     if missing:

@@ -78,11 +78,12 @@ def test_features_are_kept_of_so_many_images_at_most_and_moments_are_of_all(tmp_
     assert len(measured_once(images, network, 4, tmp_path / "cache", kept=100).features) == 20  # another file
 
 
-def test_a_cache_that_can_not_be_written_to_is_warned_of_and_costs_nothing_else(tmp_path, caplog):
+@pytest.mark.parametrize("name", ["cache", "n" * 300], ids=["a file", "a name too long to look for"])
+def test_a_cache_that_can_not_be_written_to_is_warned_of_and_costs_nothing_else(tmp_path, caplog, name):
     write(tmp_path / "a", 20)
     (tmp_path / "cache").write_text("a file, not a folder")
     images = open_set(tmp_path / "a")
-    assert measured_once(images, means_network(), 4, tmp_path / "cache").count == 20
+    assert measured_once(images, means_network(), 4, tmp_path / name).count == 20
     assert "can't store statistics" in caplog.text
 
 
