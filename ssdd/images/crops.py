@@ -25,3 +25,10 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+CROPS = {
+    "adm": adm_crop,
+    "resize": lambda image, size: centre_crop(resize_short_side(image, size, Image.Resampling.BILINEAR), size),
+}
+"""Name of a test-time crop -> (image, side of the square) -> image."""
