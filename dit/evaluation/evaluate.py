@@ -30,12 +30,12 @@ from ssdd.engine.processes import Processes
 from ssdd.engine.provenance import measured_by
 from ssdd.engine.run import RunDirectory
 from ssdd.fidelity.baselines import PixelPCA, classwise_gaussian_samples
-from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, paired_differences
 from ssdd.fidelity.features import automatic_without_weights, load_networks
 from ssdd.fidelity.judge import SmallClassifier
 from ssdd.fidelity.moments import Statistics
 from ssdd.fidelity.neighbours import copy_rate
-from ssdd.fidelity.split_images import SplitImages
+from ssdd.fidelity.set_metrics import IMAGES_A_DIMENSION, compare, paired_differences
+from ssdd.fidelity.stored_sets import SplitImages
 from ssdd.images.batches import eval_batches, read_split
 from ssdd.images.dataset import ImageDataset
 from ssdd.images.pixels import grid

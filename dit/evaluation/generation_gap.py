@@ -13,9 +13,9 @@ from typing import Any
 from dit.config import DiTConfig
 from dit.evaluation.latent_sets import HeldOutLatents, decoded
 from dit.evaluation.measured_sets import ImageSetFolder, Measuring
-from ssdd.fidelity.compare import compare
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.split_images import SplitImages
+from ssdd.fidelity.set_metrics import compare
+from ssdd.fidelity.stored_sets import SplitImages
 from ssdd.model.compared_decoders import Row
 from ssdd.model.latent import LatentNorm
 

@@ -23,9 +23,8 @@ from ssdd.engine.processes import Processes
 from ssdd.engine.resumable import Chunks, WorkRecord
 from ssdd.fidelity.features import FeatureNetwork, Outputs
 from ssdd.fidelity.judge import SmallClassifier
-from ssdd.fidelity.measure import SetStatistics, kept_of, observe
+from ssdd.fidelity.measure import SetStatistics, kept_of, load_statistics, observe, save_statistics
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.statistics import load_statistics, save_statistics
 
 
 class MadeImages(NamedTuple):

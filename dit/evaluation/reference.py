@@ -12,11 +12,10 @@ from dit.config import DiTConfig, DiTEvaluationConfig
 from ssdd.engine.errors import UserError
 from ssdd.engine.processes import Processes
 from ssdd.fidelity.features import FeatureNetwork
+from ssdd.fidelity.measure import default_cache, measure_once
 from ssdd.fidelity.moments import Statistics
 from ssdd.fidelity.set_to_measure import SetToMeasure
-from ssdd.fidelity.split_images import SplitImages
-from ssdd.fidelity.statistics import default_cache, measure_once
-from ssdd.fidelity.stored_sets import Treatment, check_comparable
+from ssdd.fidelity.stored_sets import SplitImages, Treatment, check_comparable
 
 
 def open_reference(cfg: DiTConfig, networks: Sequence[FeatureNetwork]) -> SetToMeasure | SplitImages:

@@ -14,8 +14,8 @@ from dit.evaluation.latent_sets import SampleSet, decoded
 from dit.evaluation.measured_sets import ImageSetFolder, Measuring
 from dit.tasks import sample
 from ssdd.engine.files import write_atomic
-from ssdd.fidelity.compare import compare
 from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.set_metrics import compare
 from ssdd.model.compared_decoders import Row
 
 REFERENCE = "/reference"  # among decoders, whose names have no slash

@@ -21,13 +21,12 @@ from ssdd.engine.files import write_json
 from ssdd.engine.processes import Processes
 from ssdd.engine.program import named_paths, run_program
 from ssdd.engine.tables import listed
-from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, frechet_floor, paired_differences
 from ssdd.fidelity.features import FeatureNetwork, load_networks
 from ssdd.fidelity.kid import KernelEstimate, kernel_distance_of_subsets
+from ssdd.fidelity.measure import default_cache
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.set_metrics import SET_METRICS
+from ssdd.fidelity.set_metrics import IMAGES_A_DIMENSION, SET_METRICS, compare, frechet_floor, paired_differences
 from ssdd.fidelity.set_to_measure import SetToMeasure
-from ssdd.fidelity.statistics import default_cache
 from ssdd.fidelity.stored_sets import check_comparable
 
 

@@ -27,13 +27,12 @@ from ssdd.engine.provenance import measured_by
 from ssdd.engine.random import indexed_noise
 from ssdd.engine.run import RunDirectory
 from ssdd.fidelity.baselines import PixelPCA, slight_blur
-from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, paired_differences
 from ssdd.fidelity.features import automatic_without_weights, load_networks
-from ssdd.fidelity.measure import SetStatistics, observe
+from ssdd.fidelity.measure import SetStatistics, default_cache, measure_once, observe
 from ssdd.fidelity.moments import Statistics
 from ssdd.fidelity.pixel_metrics import PIXEL_METRICS
-from ssdd.fidelity.split_images import SplitImages
-from ssdd.fidelity.statistics import default_cache, measure_once
+from ssdd.fidelity.set_metrics import IMAGES_A_DIMENSION, compare, paired_differences
+from ssdd.fidelity.stored_sets import SplitImages
 from ssdd.images.batches import read_split
 from ssdd.images.pixels import from_uint8, grid, to_uint8
 from ssdd.losses import perceptual

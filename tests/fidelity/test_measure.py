@@ -9,13 +9,11 @@ from torch import nn
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_json
 from ssdd.engine.processes import Processes
-from ssdd.fidelity import statistics as statistics_module
+from ssdd.fidelity import measure as measure_module
 from ssdd.fidelity.features import FeatureNetwork, Outputs
-from ssdd.fidelity.measure import measure
+from ssdd.fidelity.measure import load_statistics, measure, measure_once, provenance_of
 from ssdd.fidelity.set_to_measure import SetToMeasure
-from ssdd.fidelity.split_images import SplitImages
-from ssdd.fidelity.statistics import load_statistics, measure_once, provenance_of
-from ssdd.fidelity.stored_sets import Treatment, open_set
+from ssdd.fidelity.stored_sets import SplitImages, Treatment, open_set
 from ssdd.images.sources import DatasetConfig
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -59,7 +57,7 @@ def test_a_reference_is_measured_once_for_the_same_images_crop_and_weights(tmp_p
     images, network, cache = open_set(tmp_path / "a"), means_network(), tmp_path / "cache"
     first = measured_once(images, network, 4, cache)
     with monkeypatch.context() as nothing_measured:
-        nothing_measured.setattr(statistics_module, "measure", None)
+        nothing_measured.setattr(measure_module, "measure", None)
         again = measured_once(open_set(tmp_path / "a"), network, 7, cache)
     assert same(first, again)
     assert torch.equal(first.features, measure(images.batches(20), [network], ALONE)["inception"].features)
