@@ -18,7 +18,7 @@ from dit.config import DiTConfig, DiTEvaluationConfig
 from dit.evaluation.generation_gap import KERNEL, Gap
 from dit.evaluation.latent_sets import SampleSet, decoded, generator_of, images_behind, open_samples
 from dit.evaluation.measured_sets import Export, ImageSetFolder, MadeImages, Measuring, Recipe
-from dit.evaluation.reference import check_treatment, described, labels_of, measured, open_reference
+from dit.evaluation.reference import check_treatment, described, measured, open_reference
 from dit.evaluation.sweep import Sweep
 from dit.evaluation.tables import table
 from ssdd.engine.devices import choose_kernels, peak_memory
@@ -34,7 +34,7 @@ from ssdd.fidelity.features import automatic_without_weights, load_networks
 from ssdd.fidelity.judge import SmallClassifier
 from ssdd.fidelity.moments import Statistics
 from ssdd.fidelity.neighbours import copy_rate
-from ssdd.fidelity.set_metrics import IMAGES_A_DIMENSION, compare, paired_differences
+from ssdd.fidelity.set_metrics import compare, few_images, paired_differences
 from ssdd.fidelity.stored_sets import SplitImages
 from ssdd.images.batches import eval_batches, read_split
 from ssdd.images.dataset import ImageDataset
@@ -118,7 +118,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         "precision": precision.record(),
         "measured": measured_by(device),
         "samples": samples.description,
-        "labels": labels_of(samples.labels, samples.description),
+        "labels": samples.label_scheme(),
         "reference": described(reference, options.kept_features),
         "held_out": described(held_out, options.kept_features) if held_out else None,
         "rounding": ROUNDING,
@@ -141,7 +141,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         if held_out:
             real[HELD_OUT] = of_held_out[network.name]
         _compare(result, network.name, statistics, real, cfg, has_training=options.reference is None)
-        result["notes"] += _few_images(network.name, network.dim, len(samples))
+        result["notes"] += few_images(f"{len(samples)} samples", len(samples), network)
     if judge is not None:
         result["class_accuracy_held_out"] = _accuracy_of_real(judge, SplitImages(cfg.dataset, "val").dataset, options)
     if gap:
@@ -272,16 +272,6 @@ def _smaller_floor(held_out: SplitImages | None, count: int) -> str | None:
         f"the floor is that of {len(held_out)} held-out images: its Frechet distances have more "
         f"bias than those of {count} samples, and ratios to it are too favourable"
     )
-
-
-def _few_images(network: str, dim: int, count: int) -> list[str]:
-    needed = IMAGES_A_DIMENSION * dim
-    if count >= needed:
-        return []
-    return [
-        f"{count} samples are fewer than {IMAGES_A_DIMENSION} per dimension of {network.split(':')[0]} ({needed}): "
-        "most of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the floor"
-    ]
 
 
 def _first_of_each_class(labels: Tensor) -> list[list[int]]:

@@ -60,6 +60,12 @@ class SampleSet:
         with safe_open(self._file, framework="pt") as file:
             return file.get_slice("z_n")[indices.start : indices.stop], torch.tensor(indices)
 
+    def label_scheme(self) -> str:
+        """How labels were chosen, in words."""
+        counts = self.labels.unique(return_counts=True)[1]
+        scheme = "balanced: index modulo classes" if self.description.get("balanced", True) else "random per sample"
+        return f"{scheme}; {len(counts)} classes, {int(counts.min())} to {int(counts.max())} samples each"
+
     def samples_per_s(self) -> float | None:
         """How fast it was drawn, by all processes together; None for a set that does not record it."""
         told = self.folder / "speed.json"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ssdd.engine.random import batch_generator
+from ssdd.fidelity.features import FeatureNetwork
 from ssdd.fidelity.frechet import frechet_distance
 from ssdd.fidelity.kid import KernelEstimate, kernel_bootstrap
 from ssdd.fidelity.measure import drawn_indices
@@ -136,6 +137,20 @@ def compare(
         }
         scores[row] = {name: value for name, value in figures.items() if value is not None}
     return scores, kernels
+
+
+def few_images(images: str, count: int | None, network: FeatureNetwork) -> list[str]:
+    """A note on `count` images (None: not recorded) that are too few for a Frechet distance; else none.
+
+    images: what they are and how many, such as "50 samples".
+    """
+    needed = IMAGES_A_DIMENSION * network.dim
+    if count is None or count >= needed:
+        return []
+    return [
+        f"{images} are fewer than {IMAGES_A_DIMENSION} per dimension of {network.name.split(':')[0]} ({needed}): most "
+        "of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the floor"
+    ]
 
 
 def frechet_floor(reference: Statistics, count: int) -> tuple[float, tuple[int, int]] | None:
