@@ -38,13 +38,12 @@ from ssdd.fidelity.set_metrics import compare, few_images, paired_differences
 from ssdd.fidelity.stored_sets import SplitImages
 from ssdd.images.batches import eval_batches, read_split
 from ssdd.images.dataset import ImageDataset
-from ssdd.images.pixels import grid
+from ssdd.images.pixels import ROUNDING, grid
 from ssdd.images.sources import open_source
 from ssdd.model.compared_decoders import Row, open_rows
 
 REFERENCE, HELD_OUT = "training images", "held-out images"
 BASELINE = "PCA-Gaussian"
-ROUNDING = "clamp to [-1, 1], scale to 0..255, round"
 SHOWN_CLASSES, SHOWN_A_CLASS = 20, 8
 KEPT_SAMPLES = 50_000  # generated images whose features are kept: ADM's precision and recall take all of its 50 000
 

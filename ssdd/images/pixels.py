@@ -12,6 +12,8 @@ from torch import Tensor
 
 PEAK = 255
 """The largest level of an 8-bit pixel."""
+ROUNDING = f"clamp to [-1, 1], scale to 0..{PEAK}, round"
+"""What `to_uint8` does, as results record it."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
