@@ -79,17 +79,14 @@ class SplitImages:
     def __init__(self, cfg: DatasetConfig, split: str):
         self.dataset = ImageDataset(open_source(cfg, split), cfg, train=False)
         self.treatment = Treatment(cfg.crop, (cfg.im_size, cfg.im_size))
-        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def fingerprint(self) -> str:
         """Hex sha256 of what the split holds; another one where unreadable images are skipped instead of an error."""
-        if self._fingerprint is None:  # reads all images of a small set
-            source, skips = self.dataset.source.fingerprint(), self.dataset.cfg.on_corrupt == "skip"
-            self._fingerprint = sha256_json([source, "unreadable skipped"]) if skips else source
-        return self._fingerprint
+        source, skips = self.dataset.source.fingerprint(), self.dataset.cfg.on_corrupt == "skip"
+        return sha256_json([source, "unreadable skipped"]) if skips else source
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 [n, 3, H, W], indices int64 [n]) of the readable images rank, rank + world, ..."""
