@@ -83,7 +83,7 @@ def pretrained_network(cfg: DiTConfig, cache: Cache) -> DiT:
         keys["null_class"] = f"model.class_dropout={0.1 if found['null_class'] else 0}"
     if keys:
         raise UserError(f"model.checkpoint={file} holds another network: set {' '.join(keys.values())}")
-    return network.float()  # files may be in half precision, which small updates vanish in
+    return network.float().train()  # files may be in half precision, which small updates vanish in
 
 
 def build_objective(cfg: DiTConfig, network: DiT) -> LatentObjective:
