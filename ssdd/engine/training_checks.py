@@ -1,4 +1,4 @@
-"""Checks of a training page: keys, divisible batch, same config, finite loss, pictures that are due."""
+"""Checks of a training page: keys, divisible batch, resumable checkpoint, finite loss, pictures that are due."""
 
 from __future__ import annotations
 
