@@ -115,8 +115,8 @@ class DreamSim(nn.Module):
 
     The package `dreamsim` brings architecture and distance; its weights come from the search path. UserError when
     either is missing. The package runs the code of facebookresearch/dino, through torch.hub, which would download it:
-    that code must already be in the weights' folder. Images become 224 px by Pillow's
-    antialiased bicubic on 8-bit pixels, as the package has it.
+    that code must already be in the weights' folder. Images become 224 px by Pillow's antialiased bicubic on 8-bit
+    pixels, as the package has it.
     """
 
     SIDE = 224

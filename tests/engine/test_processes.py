@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BEST = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 IN_EACH = """
-import json, sys
+import json
 import torch
 from ssdd.engine.errors import UserError
 from ssdd.engine.processes import PATIENCE, Processes, gradients_kept
@@ -43,13 +43,6 @@ try:
     processes.agree(refuse)
 except UserError as error:
     result["refused"] = str(error)
-
-order = sys.argv[1] + "/order"
-with processes.main_first():
-    with open(order, "a") as file:
-        file.write(str(rank))
-processes.wait()
-result["order"] = open(order).read()
 
 weight = torch.nn.Linear(1, 1, bias=False)
 torch.nn.init.ones_(weight.weight)
@@ -77,7 +70,7 @@ def test_alone_there_is_nothing_to_wait_for_and_everything_is_ones_own(monkeypat
     assert alone.gather(rows) is rows and alone.mean(rows) is rows and alone.sum(rows) is rows
     assert alone.data_parallel(module) is module
     assert alone.gather_objects("a") == ["a"] and alone.agree(lambda: 3) == 3
-    with alone.main_first(), gradients_kept(module, True):
+    with gradients_kept(module, True):
         alone.wait()
     with pytest.raises(UserError, match="^not here$"):
         alone.agree(_refuse)
@@ -107,7 +100,7 @@ def test_two_processes_agree_exchange_and_average(tmp_path):
     program.write_text(IN_EACH)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, program, tmp_path], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*launcher, program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     shared = {
@@ -119,7 +112,6 @@ def test_two_processes_agree_exchange_and_average(tmp_path):
         "mean": 0.5,
         "agreed": 7,
         "refused": "not like this",
-        "order": "01",
     }
     assert shared.items() <= first.items() and shared.items() <= second.items()
     assert (first["rank"], first["kept"], second["rank"], second["kept"]) == (0, 0.0, 1, 1.0)
