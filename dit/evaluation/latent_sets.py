@@ -68,8 +68,8 @@ class SampleSet:
 
     def samples_per_s(self) -> float | None:
         """How fast it was drawn, by all processes together; None for a set that does not record it."""
-        told = self.folder / "speed.json"
-        return read_json(told)["samples_per_s"] if told.is_file() else None
+        file = self.folder / "speed.json"
+        return read_json(file)["samples_per_s"] if file.is_file() else None
 
     def norm(self, row: Row) -> LatentNorm:
         """UserError when a decoder's encoder did not make the latents that the generator was trained on.
@@ -94,8 +94,8 @@ def open_samples(cfg: DiTConfig, rows: Sequence[Row]) -> SampleSet:
         return samples
     weights = generator_of(cfg)
     _check_sizes(rows, sample.latent_shape(load_dit(weights, cfg.sampling.family)), cfg.dataset.im_size)
-    if told := sample.trained_on(weights).get("z_stats"):
-        norm = replace(LatentNorm.of(told["mean"], told["std"]), fingerprint=told["fingerprint"])
+    if recorded := sample.trained_on(weights).get("z_stats"):
+        norm = replace(LatentNorm.of(recorded["mean"], recorded["std"]), fingerprint=recorded["fingerprint"])
         for row in rows:
             norm.check_encoder(row.tokenizer.encoder_fingerprint(), weights)
     return SampleSet(sample.run(replace(cfg, out=None)))
