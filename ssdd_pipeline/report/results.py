@@ -159,7 +159,8 @@ def provenance(evaluation: FinishedEvaluation) -> list[tuple[str, list[str]]]:
         keys = ("sampler", "steps", "cfg_scale", "cfg_interval", "cfg_channels", "guide", "shift", "mixed_precision")
         options = {key: samples[key] for key in keys if samples.get(key) is not None}
         facts["sampling"] = ", ".join(f"{key} {value}" for key, value in options.items())
-        facts["latents"] = f"{samples.get('n')} of shape {samples.get('latent_shape')}, sha256 {latents_of(samples)}"
+        checksum = samples.get("latents_sha256", NOT_RECORDED)
+        facts["latents"] = f"{samples.get('n')} of shape {samples.get('latent_shape')}, sha256 {checksum}"
     facts["seed"] = samples.get("seed", config.get("seed", NOT_RECORDED))
     facts["decoders"] = [decoder_line(evaluation, name) for name in evaluation.decoders]
     details = result.get("networks", {})
@@ -189,10 +190,6 @@ def provenance(evaluation: FinishedEvaluation) -> list[tuple[str, list[str]]]:
 def described(images: Mapping[str, Any]) -> str:
     """A reference or a held-out set in words."""
     return ", ".join(f"{key} {value}" for key, value in images.items() if value is not None)
-
-
-def latents_of(samples: Mapping[str, Any]) -> str:
-    return samples.get("latents_sha256", NOT_RECORDED)
 
 
 def decoder_line(evaluation: FinishedEvaluation, name: str) -> str:
