@@ -1,7 +1,8 @@
 """Measure speed and memory on this machine: `python scripts/bench.py tokenizer|dit|pipeline|builder|cache|scaling`.
 
-tokenizer: our decoders, our encoder or a training step compared with diffusers' autoencoders, eager or compiled,
-    float32 or bfloat16: `tokenizer decoder=[S,M] dtype=[float32,bfloat16] compile=[false,true]`.
+tokenizer: our decoders or our encoder compared with diffusers' autoencoders, or a training step compared with that of
+    the decoder's plain form, eager or compiled, float32 or bfloat16: `tokenizer decoder=[S,M]
+    dtype=[float32,bfloat16] compile=[false,true]`.
 dit: a training step of our DiT compared with diffusers' DiT of the same shape: `dit model=DiT-S/2 dtype=bfloat16
     compile=true batch=16 rounds=5`.
 pipeline: sampling from class to image with f16c4 latents and our one-step decoder beside f8c4 and AutoencoderKL.

@@ -1,4 +1,4 @@
-"""What a DiT is: its options, shared by config, constructor, metadata of files, and what foreign files show."""
+"""What a DiT is: sizes, block variants and other options, for config, constructor, metadata and foreign files alike."""
 
 from __future__ import annotations
 

@@ -12,7 +12,10 @@ from ssdd.engine.files import plain, read_json, write_atomic, write_json
 
 
 class RunDirectory:
-    """``<ckpt_dir>/jobs/<run_name>``. Nothing is created before something is written; only the main process writes."""
+    """``<ckpt_dir>/jobs/<run_name>``. Nothing is created before something is written; only the main process writes.
+
+    It is not locked: two programs that train one run at a time spoil it.
+    """
 
     def __init__(self, ckpt_dir: str | os.PathLike[str], run_name: str):
         if not run_name or run_name.startswith(".") or set(run_name) & set("/\\@") or run_name.isspace():

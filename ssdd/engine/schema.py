@@ -1,4 +1,4 @@
-"""The keys of a config: a dataclass tree as dotted names with types, and a config as YAML."""
+"""The keys of a config: a dataclass tree as dotted names with types and aliases, and a config as YAML."""
 
 from __future__ import annotations
 

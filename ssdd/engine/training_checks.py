@@ -1,4 +1,4 @@
-"""Checks of a training page: divisible batch, same config, finite loss, pictures that are due."""
+"""Checks of a training page: divisible batch, a checkpoint that it may resume, finite loss, pictures that are due."""
 
 from __future__ import annotations
 

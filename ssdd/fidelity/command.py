@@ -29,6 +29,7 @@ from ssdd.fidelity.set_metrics import SET_METRICS
 from ssdd.fidelity.set_to_measure import SetToMeasure
 from ssdd.fidelity.statistics import default_cache
 from ssdd.fidelity.stored_sets import check_comparable
+from ssdd.images.crops import CROPS
 
 
 @dataclass
@@ -44,7 +45,7 @@ class FidelityConfig:
     """File of the result."""
     im_size: int | None = None
     """Cut all images to squares of this side with `crop`; null leaves them as they are."""
-    crop: str = field(default="adm", metadata={"choices": ("adm", "resize")})
+    crop: str = field(default="adm", metadata={"choices": CROPS})
     """adm (box halving, bicubic; every gFID reference's) or resize (bilinear short side, centre crop)."""
     allow_mismatch: bool = False
     """Compare sets even if their sizes or crops differ, and record it in the result."""

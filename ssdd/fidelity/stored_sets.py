@@ -23,15 +23,11 @@ from torch import Tensor
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
-from ssdd.images.crops import adm_crop, centre_crop, resize_short_side
+from ssdd.images.crops import CROPS
 from ssdd.images.shards import ShardedImages, index_tar, pictures_of
 from ssdd.images.stored_files import IMAGE_SUFFIXES, ImageFiles
 
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"
-CROPS = {
-    "adm": adm_crop,
-    "resize": lambda image, size: centre_crop(resize_short_side(image, size, Image.Resampling.BILINEAR), size),
-}
 
 
 @dataclass(frozen=True)

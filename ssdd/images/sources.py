@@ -15,6 +15,7 @@ from PIL import Image
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular, other_kind
 from ssdd.engine.random import random_state
+from ssdd.images.crops import CROPS
 from ssdd.images.shards import open_shards
 from ssdd.images.small_sets import read_digits, read_fashion_mnist
 from ssdd.images.stored_files import IMAGE_SUFFIXES, ImageFiles, decode_rgb
@@ -48,7 +49,7 @@ class DatasetConfig:
     possible."""
     flip: bool | None = None
     """Mirror half of the training images; null: if the source allows it (not digits and Fashion-MNIST)."""
-    crop: str = field(default="resize", metadata={"choices": ("resize", "adm")})
+    crop: str = field(default="resize", metadata={"choices": CROPS})
     """Test-time crop: resize (bilinear short side, centre crop; the paper's) or adm (box halving, bicubic; gFID's)."""
     workers: int | None = None
     """Processes that decode images; 0: the training process itself; null: one per core, up to 8, for files and

@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS (Zhang et al. 2018), its form on networks that need no download, and DreamSim."""
+"""Perceptual distances as losses and metrics: LPIPS (Zhang et al. 2018), also on other networks, and DreamSim."""
 
 from __future__ import annotations
 
