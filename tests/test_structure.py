@@ -142,6 +142,11 @@ def test_no_two_modules_of_a_package_share_a_name_or_differ_by_a_plural(package)
     assert [name for name in names if f"{name}s" in names or f"{name}es" in names] == []
 
 
+def test_no_two_classes_share_a_name():
+    names = Counter(node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1 and not name.startswith("_")] == []
+
+
 def test_errors_need_no_torch():
     program = (
         "import sys\n"

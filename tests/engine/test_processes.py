@@ -21,13 +21,14 @@ IN_EACH = """
 import json
 import torch
 from ssdd.engine.errors import UserError
+from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.processes import PATIENCE, Processes, gradients_kept
 
 processes = Processes.join("cpu")
 assert Processes.join("cpu").agree(lambda: 5) == 5
 rank = processes.rank
-group = processes.group or torch.distributed.group.WORLD
-assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+for group in (processes.group or torch.distributed.group.WORLD, StopRequest()._group):
+    assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
 result = {"rank": rank, "world": processes.world}
 result["gathered"] = processes.gather(torch.tensor([[rank, 1]])).tolist()
 result["uneven"] = processes.gather(torch.full((2 * rank, 1), rank)).tolist()
