@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import plain, read_json, write_atomic, write_json
+from ssdd.engine.locks import Lock
 
 
 class RunDirectory:
-    """``<ckpt_dir>/jobs/<run_name>``. Nothing is created before something is written; only the main process writes.
-
-    It is not locked: two programs that train one run at a time spoil it.
-    """
+    """``<ckpt_dir>/jobs/<run_name>``. Nothing is created before something is written; only the main process writes."""
 
     def __init__(self, ckpt_dir: str | os.PathLike[str], run_name: str):
         if not run_name or run_name.startswith(".") or set(run_name) & set("/\\@") or run_name.isspace():
@@ -28,6 +28,20 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "task_result.json"
+
+    @contextmanager
+    def claimed(self, is_main: bool) -> Iterator[None]:
+        """Hold the lock of this run, which two programs must not train at a time; waits, and says so, for another one.
+
+        The main process holds it for all. On a file system without locks there is none.
+        """
+        if not is_main:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with Lock(self.path, optional=True) as lock:
+            lock.claim("another training")
+            yield
 
     def save_config(self, cfg: Any) -> None:
         """Write the resolved config dataclass to ``config.yaml``."""

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -122,7 +123,14 @@ class ImageSource:
         return self.pictures.where(index) or f"{self.name} {self.split} image {index}"
 
     def fingerprint(self) -> str:
-        """Hex sha256 of what the source holds: labels, class names, order and pictures, not where it lies."""
+        """Hex sha256 of what the source holds: labels, class names, order and pictures, not where it lies.
+
+        Pictures are read for the first call alone.
+        """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for part in (self.name, self.split, *self.class_names):
             digest.update(part.encode(errors="surrogateescape") + b"\0")

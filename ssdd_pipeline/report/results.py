@@ -13,6 +13,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file
 from ssdd.engine.pretrained import TIMM_PREFIX
 from ssdd.fidelity.features import LITE0, TIMM_ALIASES
+from ssdd.images.pixels import ROUNDING
 from ssdd.losses.image_losses import pretrained_networks
 
 TASKS = {"eval": "Reconstruction", "evaluate": "Generation"}
@@ -175,7 +176,7 @@ def provenance(evaluation: FinishedEvaluation) -> list[tuple[str, list[str]]]:
     ]
     resamples = config.get("evaluation", {}).get("resamples")
     facts["intervals"] = f"95 % bootstrap over images{f', {resamples} resamples' if resamples else ''}, decoders paired"
-    facts["rounding"] = result.get("rounding", "clamp to [-1, 1], scale to 0..255, round")
+    facts["rounding"] = result.get("rounding", ROUNDING)
     facts["peak memory"] = f"{result['peak_memory_bytes'] / 2**30:.2f} GiB" if "peak_memory_bytes" in result else ""
     facts["skipped images"] = result.get("skipped") or "none"
     facts["skipped (weights not found)"] = result.get("left_out") or "nothing"
