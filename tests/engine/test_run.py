@@ -80,7 +80,9 @@ def test_a_run_is_claimed_by_one_program_at_a_time(tmp_path, caplog):
     first.start()
     assert entered.wait(60)
     second.start()
-    while "another training holds the lock on" not in caplog.text:
+    deadline = time.monotonic() + 60
+    while "another training holds the lock" not in caplog.text:
+        assert time.monotonic() < deadline, caplog.text
         time.sleep(0.01)
     with RunDirectory(tmp_path, "run").claimed(is_main=False), RunDirectory(tmp_path, "other").claimed(is_main=True):
         assert order == ["first"]  # other ranks and other runs don't wait
