@@ -32,7 +32,7 @@ FILE_SIDES = (400, 300)  # of the JPEG files, which the builder decodes and resi
 
 
 @dataclass
-class Settings(Rounds):
+class BuilderSettings(Rounds):
     """Building a cache of JPEG files from nothing, compared with the encoder alone on the same batches in memory."""
 
     images: int = 64
@@ -51,7 +51,7 @@ class Settings(Rounds):
 
 def builder(argv: list[str]) -> int:
     """A table of seconds and overhead per round, and the same as one line of JSON."""
-    settings = parse(Settings, argv, program="bench builder", description=__doc__)
+    settings = parse(BuilderSettings, argv, program="bench builder", description=__doc__)
     check_positive(settings, "images", "side", "batch", "threads", "rounds")
     title = f"Cache builder, {settings.images} images at {settings.side} px, {settings.encoder}"
     report = Report("builder", settings, argv, title)
@@ -86,7 +86,9 @@ def write_photographs(root: Path, count: int) -> None:
         part.save(root / "train" / "photograph" / f"{number:06d}.jpg", quality=90)
 
 
-def measure(root: Path, name: str, tokenizer: SSDD, settings: Settings, device: torch.device) -> dict[str, float]:
+def measure(
+    root: Path, name: str, tokenizer: SSDD, settings: BuilderSettings, device: torch.device
+) -> dict[str, float]:
     """Seconds of the encoder alone and of a build from opening the files to the finished shards, loading included."""
     dataset = replace(adm_images(), source="imagefolder", root=str(root / "images"), im_size=settings.side)
     cfg = BuildConfig(

@@ -37,12 +37,12 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[str]) -> dict[str, d
     found = {}
     for dtype in dtypes:
         found[dtype] = ceilings(device, dtype)
-        told = [
+        convolutions = [
             f"3x3 convolution of {c} channels at {s} px {found[dtype][n] / 1e9:.0f}"
             for n, (c, s) in CONVOLUTIONS.items()
         ]
         print(
-            f"{dtype} ceilings, GFLOP/s: matrix product {found[dtype]['matmul'] / 1e9:.0f}, {', '.join(told)}",
+            f"{dtype} ceilings, GFLOP/s: matrix product {found[dtype]['matmul'] / 1e9:.0f}, {', '.join(convolutions)}",
             flush=True,
         )
     return found

@@ -42,7 +42,7 @@ COLUMNS = (
 
 
 @dataclass
-class Settings(Forms):
+class DiTSettings(Forms):
     """Forward, velocity loss, backward and AdamW as `task=train` makes them, on latents of 4 x 32 x 32; each network
     in its own process."""
 
@@ -83,7 +83,7 @@ class Diffusers(nn.Module):
 
 def dit(argv: list[str]) -> int:
     """A table of step times, rates and their ratio for each dtype and form, and the same as one line of JSON."""
-    settings = parse(Settings, argv, program="bench dit", description=__doc__)
+    settings = parse(DiTSettings, argv, program="bench dit", description=__doc__)
     check_positive(settings, "batch", "rounds")
     check_lists(settings, "model", "dtype", "compile")
     report = Report("dit", settings, argv, f"Training step, batch {settings.batch}, {settings.rounds} rounds in turn")
@@ -100,7 +100,7 @@ def dit(argv: list[str]) -> int:
     return 0
 
 
-def measure(name: str, settings: Settings, dtype: str, compiled: bool, peak: float | None) -> list[dict[str, Any]]:
+def measure(name: str, settings: DiTSettings, dtype: str, compiled: bool, peak: float | None) -> list[dict[str, Any]]:
     """A row for each network. `ratio`: to diffusers', the median over rounds."""
     shared = {"model": name, "dtype": dtype, "compile": compiled, "batch": settings.batch}
     jobs = [{"module": "dit", "network": network, **shared} for network in (OURS, DIFFUSERS)]

@@ -1,14 +1,14 @@
 """Measure speed and memory on this machine: `python scripts/bench.py tokenizer|dit|pipeline|builder|cache|scaling`.
 
-tokenizer: our decoders, our encoder or a training step compared with diffusers' autoencoders, eager or compiled,
-float32 or
-    bfloat16: `tokenizer decoder=[S,M] dtype=[float32,bfloat16] compile=[false,true]`.
+tokenizer: our decoders or our encoder compared with diffusers' autoencoders, or a training step compared with that of
+    the decoder's plain form, eager or compiled, float32 or bfloat16: `tokenizer decoder=[S,M]
+    dtype=[float32,bfloat16] compile=[false,true]`.
 dit: a training step of our DiT compared with diffusers' DiT of the same shape: `dit model=DiT-S/2 dtype=bfloat16
     compile=true batch=16 rounds=5`.
 pipeline: sampling from class to image with f16c4 latents and our one-step decoder beside f8c4 and AutoencoderKL.
 builder: a cache built from JPEG files beside the encoder alone.
 cache: latents per second of the cache's reader compared with other storage formats, and how long a training step waits
-for data.
+    for data.
 scaling: time and peak memory of one-step decodes and of local attention alone at growing sizes, in one process each.
 
 The first four take key=value, list their keys with --help, and write their results to a file with json=FILE.
@@ -20,10 +20,7 @@ import importlib
 import json
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-PROGRAM = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
 SIDES = (256, 512, 1024)
 REPEATS = 3
 
@@ -57,7 +54,8 @@ def run(argv: list[str]) -> int:
 
 
 def scaling() -> int:
-    """A table of best times, times per pixel relative to the smallest size, and peak resident memory."""
+    """A table of best times, times per pixel relative to the smallest size, and peak memory."""
+    from bench.processes import PROGRAM
     from ssdd.engine.tables import Column, print_head, print_row
 
     columns = (
@@ -86,7 +84,8 @@ def measure(what: str, side: int) -> dict[str, float]:
 
     from bench.report import bench_device
     from ssdd import SSDD
-    from ssdd.engine.devices import peak_memory, synchronize
+    from ssdd.engine.devices import peak_memory
+    from ssdd.engine.throughput import seconds_a_call
     from ssdd.model.attention import WindowGeometry
 
     torch.manual_seed(0)
@@ -103,14 +102,7 @@ def measure(what: str, side: int) -> dict[str, float]:
         block.attn1(tokens, block.relative_position_bias(geometry), geometry)
 
     run = attention if what == "attention" else lambda: model.decode(z, steps=1, noise=noise)
-    seconds = []
-    for _ in range(REPEATS + 1):  # the first is warm-up
-        synchronize(device)
-        began = time.perf_counter()
-        run()
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return {"seconds": min(seconds[1:]), "peak_bytes": peak_memory(device)}
+    return {"seconds": seconds_a_call(device, run, REPEATS), "peak_bytes": peak_memory(device)}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ COLUMNS = (
 
 
 @dataclass
-class Settings(Rounds):
+class PipelineSettings(Rounds):
     """Images per second with f16c4 latents and our one-step decoder, and with f8c4 latents and AutoencoderKL. Speed
     alone: weights are random, and quality is not measured."""
 
@@ -70,7 +70,7 @@ class Settings(Rounds):
 
 def pipeline(argv: list[str]) -> int:
     """A table of both chains and their parts, and the same as one line of JSON."""
-    settings = parse(Settings, argv, program="bench pipeline", description=__doc__)
+    settings = parse(PipelineSettings, argv, program="bench pipeline", description=__doc__)
     check_positive(settings, "side", "batch", "steps", "rounds")
     model = settings.model or ("DiT-XL/2" if bench_device().type == "cuda" else "DiT-S/2")
     settings, multiple = replace(settings, model=model), STRIDE * int(model.rpartition("/")[2])
@@ -87,7 +87,7 @@ def pipeline(argv: list[str]) -> int:
     return 0
 
 
-def measure(settings: Settings) -> list[dict[str, Any]]:
+def measure(settings: PipelineSettings) -> list[dict[str, Any]]:
     """Rows of our chain and of the usual one in both memory formats; `ratio` is to the better of those."""
     chains = [(OURS + settings.decoder, True), (PEER, False), (PEER, True)]
     shared = {key: value for key, value in asdict(settings).items() if key not in ("decoder", "rounds", "json")}

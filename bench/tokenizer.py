@@ -19,7 +19,7 @@ from bench.networks import LATENTS, OURS, PEERS
 from bench.processes import measure_in_turn
 from bench.report import GFLOP, LAYOUT, MEMORY, NETWORK, PARAMETERS, RATE, SECONDS, Report, rates, ratio
 from bench.settings import Forms, check_lists, check_positive, form
-from bench.tokenizer_job import PLAIN, Job
+from bench.tokenizer_job import PLAIN, TokenizerJob
 from ssdd.engine.cli import parse
 from ssdd.engine.errors import UserError
 from ssdd.engine.tables import Column
@@ -30,7 +30,7 @@ TASKS = ("decode", "encode", "train")
 
 
 @dataclass
-class Settings(Forms):
+class TokenizerSettings(Forms):
     """Images per second of our tokenizer and of others on the same machine, in turn, each in its own process."""
 
     task: str = field(default="decode", metadata={"choices": TASKS})
@@ -53,7 +53,7 @@ class Settings(Forms):
 
 def tokenizer(argv: list[str]) -> int:
     """A table for each combination of side, dtype, compile and batch, then all of it as one line of JSON."""
-    settings = parse(Settings, argv, program="bench tokenizer", description=__doc__)
+    settings = parse(TokenizerSettings, argv, program="bench tokenizer", description=__doc__)
     check(settings)
     report = Report("tokenizer", settings, argv, f"Tokenizers, task {settings.task}, {settings.rounds} rounds in turn")
     ceilings = measure_ceilings(report.device, settings.dtype)
@@ -64,7 +64,7 @@ def tokenizer(argv: list[str]) -> int:
         conditions = {"task": settings.task, "encoder": settings.encoder}
         conditions |= {"side": side, "dtype": dtype, "compile": compiled, "batch": batch}
         for networks in compared(settings):
-            jobs = [Job(name, last, steps=steps, **conditions) for name, last, steps in networks]
+            jobs = [TokenizerJob(name, last, steps=steps, **conditions) for name, last, steps in networks]
             rows = measure(jobs, settings.rounds, max(ceilings[dtype].values()))
             report.begin(columns_of(rows))
             report.add(rows)
@@ -72,7 +72,7 @@ def tokenizer(argv: list[str]) -> int:
     return 0
 
 
-def check(settings: Settings) -> None:
+def check(settings: TokenizerSettings) -> None:
     """UserError for settings that nothing can be measured with."""
     check_positive(settings, "side", "batch", "steps", "rounds")
     check_lists(settings, "decoder", "dtype", "compile")
@@ -91,7 +91,7 @@ def check(settings: Settings) -> None:
         raise UserError(f"side={bad}: encoder={settings.encoder} and the peers need multiples of {multiple}")
 
 
-def compared(settings: Settings) -> list[list[tuple[str, bool, int]]]:
+def compared(settings: TokenizerSettings) -> list[list[tuple[str, bool, int]]]:
     """Groups of networks that are measured in turn: name, whether in channels_last, and steps; ours first."""
     if settings.task == "train":
         return [[(OURS + size, True, 1), (PLAIN + size, False, 1)] for size in settings.decoder]
@@ -101,7 +101,7 @@ def compared(settings: Settings) -> list[list[tuple[str, bool, int]]]:
     return [[*((OURS + size, True, steps) for size in settings.decoder for steps in settings.steps), *peers]]
 
 
-def measure(jobs: list[Job], rounds: int, peak: float) -> list[dict[str, Any]]:
+def measure(jobs: list[TokenizerJob], rounds: int, peak: float) -> list[dict[str, Any]]:
     """A row for each job. `ratios`: to each peer, in the memory format in which its median is better."""
     rows = []
     for job, found in zip(jobs, measure_in_turn([asdict(job) for job in jobs], rounds), strict=True):

@@ -25,7 +25,7 @@ PLAIN = "plain-"
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenizerJob:
     """One network under one set of conditions."""
 
     network: str
@@ -49,11 +49,11 @@ class Job:
 
 def prepare(job: dict[str, Any], device: torch.device) -> Work:
     """The work of one job, in the process that measures it."""
-    one = Job(**job)
+    one = TokenizerJob(**job)
     return training(one, device) if one.task == "train" else inference(one, device)
 
 
-def inference(job: Job, device: torch.device) -> Work:
+def inference(job: TokenizerJob, device: torch.device) -> Work:
     """Decoding or encoding random tensors, noise given."""
     name = OURS + "XXS" if job.task == "encode" and job.network.startswith(OURS) else job.network
     network, stride, channels = build(name, job.encoder, job.dtype, job.channels_last, device)
@@ -71,7 +71,7 @@ def inference(job: Job, device: torch.device) -> Work:
     return Work({job.task: lambda: run(given)}, parameter_count(half), flop)
 
 
-def training(job: Job, device: torch.device) -> Work:
+def training(job: TokenizerJob, device: torch.device) -> Work:
     """A step of flow matching on the decoder alone, given latents; the optimizer is the trainer's."""
     torch.manual_seed(0)
     family, size = parse_decoder(job.network.removeprefix(OURS).removeprefix(PLAIN))

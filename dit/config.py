@@ -6,18 +6,21 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dit.foreign_checkpoints import FAMILIES
-from dit.options import NAMES, BlockVariants
+from dit.options import NAMES, VARIANTS, BlockVariants
 from dit.samplers import DIFFUSIONS, SAMPLERS
 from latent_cache.config import adm_images
 from ssdd.engine.ema import EmaConfig
 from ssdd.engine.precision import PRECISIONS
+from ssdd.engine.schema import with_keys
+from ssdd.engine.schema_help import field_docs
 from ssdd.engine.training_keys import TrainingKeys
 from ssdd.images.sources import DatasetConfig
 from ssdd.losses.repa import DINOV2_BASE
 
 
+@with_keys({name: (bool, False, field_docs(BlockVariants).get(name, "")) for name in VARIANTS})
 @dataclass
-class ModelConfig(BlockVariants):
+class ModelConfig:
     """The network; latent shape and classes come from the cache."""
 
     name: str = field(default="DiT-S/2", metadata={"choices": NAMES})

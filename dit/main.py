@@ -29,7 +29,14 @@ def _run(argv: list[str]) -> None:
         from dit.tasks.sample import run
     else:
         from dit.evaluation.evaluate import run
-    run(cfg)
+    if cfg.task != "train" or cfg.dry_run:
+        run(cfg)
+        return
+    from ssdd.engine.processes import Processes
+    from ssdd.engine.run import RunDirectory
+
+    with RunDirectory(cfg.ckpt_dir, cfg.run_name).claimed(Processes.join().is_main):
+        run(cfg)
 
 
 if __name__ == "__main__":

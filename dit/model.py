@@ -153,9 +153,8 @@ class DiT(nn.Module):
     ) -> DiT:
         """Load a model of ours, in eval mode on the CPU, from a file, a folder (EMA weights preferred) or a run name.
 
-        `input_size` sets another latent size than it was trained on: its position tables are made for the new
-        grid (`resize_positions`; rotary ones are computed). `dit.foreign_checkpoints.load_dit` reads other people's
-        files.
+        `input_size` sets another latent size than it was trained on: its position tables are made for the new grid
+        (`resize_positions`; rotary ones are computed). `dit.foreign_checkpoints.load_dit` reads other people's files.
         UserError when there is no such file, it carries no DiT config, or its weights are not those of its config.
         """
         file = resolve(str(reference), ckpt_dir)

@@ -1,4 +1,4 @@
-"""What a DiT is: its options, shared by config, constructor, metadata of files, and what foreign files show."""
+"""What a DiT is: sizes, block variants and other options, for config, constructor, metadata and foreign files alike."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _has_scales_and_gates_only(weights: Mapping[str, Tensor]) -> bool:
     return modulation is not None and len(modulation) == 4 * modulation.shape[-1]
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockVariants:
     """Variants of the transformer blocks, off in DiT and SiT.
 
@@ -65,9 +65,9 @@ VARIANTS = {variant.name: variant.metadata["shown"] for variant in fields(BlockV
 """Name -> whether tensors (name -> tensor) of a foreign network show it."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DiTOptions(BlockVariants):
-    """The options of one DiT; UserError where they contradict each other. A value: `dataclasses.replace` changes it."""
+    """The options of one DiT; UserError where they contradict each other."""
 
     name: str | None = None
     """One of `NAMES`; None for a size without a name."""
@@ -96,8 +96,9 @@ class DiTOptions(BlockVariants):
 
     def __post_init__(self) -> None:
         side = self.input_size
-        self.input_size = (side, side) if isinstance(side, int) else tuple(int(s) for s in side)
-        self.time_scale = float(self.time_scale)
+        sides = (side, side) if isinstance(side, int) else tuple(int(s) for s in side)
+        object.__setattr__(self, "input_size", sides)  # frozen from here on
+        object.__setattr__(self, "time_scale", float(self.time_scale))
         (height, breadth), patch, name = self.input_size, self.patch_size, self.name or "DiT"
         if height % patch or breadth % patch:
             raise UserError(

@@ -27,7 +27,8 @@ def decisive_metrics() -> list[str]:
 
 def measured_metrics() -> list[str]:
     """What evaluation.metrics may name."""
-    return ["auto", *decisive_metrics(), *SET_METRICS]
+    of_sets = [name for name, metric in SET_METRICS.items() if metric.label]
+    return ["auto", *decisive_metrics(), *of_sets]
 
 
 @dataclass

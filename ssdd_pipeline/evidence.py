@@ -212,8 +212,8 @@ def report(cfg: EvidenceConfig, plan: dict, trained: dict, results: list[dict]) 
         lines += ["", "KID differences with 95 % intervals over images, seed by seed:", ""]
         for pair in ("teacher-1 - student-1", "student-1 - direct-1", "student-1 - kl-1", "teacher-8 - student-1"):
             found = [result["paired"][network][pair] for result in results]
-            told = "; ".join(f"{d['kid']:.3f} [{d['low']:.3f}, {d['high']:.3f}]" for d in found)
-            lines.append(f"- {pair}: {told}")
+            intervals = "; ".join(f"{d['kid']:.3f} [{d['low']:.3f}, {d['high']:.3f}]" for d in found)
+            lines.append(f"- {pair}: {intervals}")
         lines.append("")
     return "\n".join(lines)
 
@@ -228,10 +228,10 @@ def spread(values: list[float | None], digits: int) -> str:
 def changed(cfg: EvidenceConfig) -> str:
     """The arguments that differ from the defaults, as on the command line."""
     own, usual = asdict(cfg), asdict(EvidenceConfig())
-    told = {key: value for key, value in own.items() if key not in ("ckpt_dir", "out", "dataset")}
-    told = {key: value for key, value in told.items() if value != usual[key]}
-    told |= {f"dataset.{key}": value for key, value in own["dataset"].items() if value != usual["dataset"][key]}
-    return "".join(f" {key}={value}" for key, value in told.items())
+    given = {key: value for key, value in own.items() if key not in ("ckpt_dir", "out", "dataset")}
+    given = {key: value for key, value in given.items() if value != usual[key]}
+    given |= {f"dataset.{key}": value for key, value in own["dataset"].items() if value != usual["dataset"][key]}
+    return "".join(f" {key}={value}" for key, value in given.items())
 
 
 def machine(cfg: EvidenceConfig) -> str:

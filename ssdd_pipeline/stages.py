@@ -11,6 +11,7 @@ from dit.config import DiTConfig
 from latent_cache.config import BuildConfig
 from ssdd.config import SSDDConfig
 from ssdd.engine.errors import UserError
+from ssdd.engine.schema import schema_aliases
 from ssdd.images.sources import DatasetConfig
 
 CLASSIFIER, TOKENIZER, STUDENT, RECONSTRUCTION = "classifier", "tokenizer", "student", "reconstruction"
@@ -96,6 +97,22 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def last_names(schema: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Where one key is set under several of its names, only the last of them, as later settings win."""
+    aliases = schema_aliases(schema)
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        key, item = aliases.get(name, (name, None))
+        if item is not None and key in found:  # an item of a list that is set as a whole
+            found[key] = [value if i == item else other for i, other in enumerate(found[key])]
+            continue
+        same = [other for other in found if other != name and aliases.get(other, (other, None))[0] == key]
+        for other in same if item is None else []:
+            del found[other]
+        found[name] = value
+    return found
+
+
 def argument(key: str, value: Any) -> str:
     """key=value as the command lines of this project read it."""
     if value is None:
@@ -136,7 +153,7 @@ def build_stages(cfg: PipelineConfig) -> list[Stage]:
         return [jobs / run / "checkpoints" / "last" / "model_ema.safetensors", jobs / run / "task_result.json"]
 
     def stage(name: str, module: str, settings: dict[str, Any], outputs: list[Path], *inputs: str, **kwargs) -> Stage:
-        verb = ["build"] if module == "latent_cache" else []
+        verb, settings = ["build"] if module == "latent_cache" else [], last_names(PROGRAMS[module][1], settings)
         arguments = verb + [argument(key, value) for key, value in settings.items() if value is not None]
         return Stage(name, module, arguments, outputs, [jobs / name], list(inputs), **kwargs)
 

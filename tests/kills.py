@@ -6,6 +6,7 @@
     assert outcome.kills > 10 and files(killed) == files(straight)
 
 A command has a process of its own, which imports what the command needs once and forks for every start.
+The tests of killed work have `killed` in their names: `scripts/test --all -k killed`.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dit.config import DiTConfig, DiTEvaluationConfig
 from dit.evaluation.generation_gap import KERNEL, Gap
-from dit.evaluation.latent_sets import SampleSet, decoded, generator_of, images_behind, open_samples, request_of
-from dit.evaluation.measured_sets import Export, ImageSetFolder, MadeImages, Measuring
-from dit.evaluation.reference import check_treatment, described, labels_of, measured, open_reference
+from dit.evaluation.latent_sets import SampleSet, decoded, generator_of, images_behind, open_samples
+from dit.evaluation.measured_sets import Export, ImageSetFolder, MadeImages, Measuring, Recipe
+from dit.evaluation.reference import check_treatment, described, measured, open_reference
 from dit.evaluation.sweep import Sweep
 from dit.evaluation.tables import table
 from ssdd.engine.devices import choose_kernels, peak_memory
@@ -30,20 +30,20 @@ from ssdd.engine.processes import Processes
 from ssdd.engine.provenance import measured_by
 from ssdd.engine.run import RunDirectory
 from ssdd.fidelity.baselines import PixelPCA, classwise_gaussian_samples
-from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, paired_differences
 from ssdd.fidelity.features import automatic_without_weights, load_networks
 from ssdd.fidelity.judge import SmallClassifier
 from ssdd.fidelity.moments import Statistics
 from ssdd.fidelity.neighbours import copy_rate
-from ssdd.fidelity.split_images import SplitImages
-from ssdd.images.batches import read_split
-from ssdd.images.pixels import grid
+from ssdd.fidelity.set_metrics import compare, few_images, paired_differences
+from ssdd.fidelity.stored_sets import SplitImages
+from ssdd.images.batches import eval_batches, read_split
+from ssdd.images.dataset import ImageDataset
+from ssdd.images.pixels import ROUNDING, grid
 from ssdd.images.sources import open_source
 from ssdd.model.compared_decoders import Row, open_rows
 
 REFERENCE, HELD_OUT = "training images", "held-out images"
 BASELINE = "PCA-Gaussian"
-ROUNDING = "clamp to [-1, 1], scale to 0..255, round"
 SHOWN_CLASSES, SHOWN_A_CLASS = 20, 8
 KEPT_SAMPLES = 50_000  # generated images whose features are kept: ADM's precision and recall take all of its 50 000
 
@@ -73,7 +73,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         raise UserError("no weights of a feature network were found; name one in evaluation.features")
     out = Path(cfg.out) if cfg.out else RunDirectory(cfg.ckpt_dir, cfg.run_name).path / "evaluation"
     of_real = Measuring(networks, processes, precision, options.batch_size, options.kept_features)
-    of_samples = replace(of_real, kept=max(options.kept_features, KEPT_SAMPLES))
+    of_samples = replace(of_real, kept=max(options.kept_features, KEPT_SAMPLES), judge=judge)
     reference = open_reference(cfg, networks)
 
     mismatch = check_treatment(cfg, images_behind(cfg), reference)
@@ -91,18 +91,14 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     of_held_out = measured(held_out, networks, processes, options) if held_out else {}
     judged = {"judge": sha256_file(Path(options.classifier)) if judge else None}
     shown = _first_of_each_class(samples.labels)
-    seed = cfg.sampling.seed
-    sets: dict[str, ImageSetFolder] = {}
-    for row in rows:
-        request = request_of(row, norms[row.name], samples.checksum, seed) | judged
-        make = decoded(row, samples.rows, norms[row.name], seed, precision)
-        export = _export(cfg, out, row, samples)
-        folder = out / "measured" / "samples" / row.name
-        sets[row.name] = ImageSetFolder(
-            folder, request, len(samples), make, of_samples, judge, samples.labels, sum(shown, []), export
-        )
+    recipes = {row.name: decoded(row, norms[row.name], samples, cfg.sampling.seed, precision) for row in rows}
     if options.baseline_numbers is not None:
-        sets[BASELINE] = _baseline(cfg, out, samples, of_samples, judge, judged)
+        recipes[BASELINE] = _baseline(cfg, samples)
+    sets: dict[str, ImageSetFolder] = {}
+    for name, recipe in recipes.items():
+        recipe = recipe._replace(request=recipe.request | judged)
+        seen = (sum(shown, []), _export(options, out / "export", name)) if name != BASELINE else ()
+        sets[name] = ImageSetFolder(out / "measured" / "samples" / name, recipe, of_samples, samples.labels, *seen)
     for image_set in sets.values():
         image_set.measure()
     gap = Gap(cfg, out, rows, norms, held_out, of_real) if held_out and (options.gap or options.latent_noise) else None
@@ -121,7 +117,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         "precision": precision.record(),
         "measured": measured_by(device),
         "samples": samples.description,
-        "labels": labels_of(samples.labels, samples.description),
+        "labels": samples.label_scheme(),
         "reference": described(reference, options.kept_features),
         "held_out": described(held_out, options.kept_features) if held_out else None,
         "rounding": ROUNDING,
@@ -144,9 +140,9 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         if held_out:
             real[HELD_OUT] = of_held_out[network.name]
         _compare(result, network.name, statistics, real, cfg, has_training=options.reference is None)
-        result["notes"] += _few_images(network.name, network.dim, len(samples))
+        result["notes"] += few_images(f"{len(samples)} samples", len(samples), network)
     if judge is not None:
-        result["class_accuracy_held_out"] = judge.accuracy(*read_split(cfg.dataset, "val")[:2])
+        result["class_accuracy_held_out"] = _accuracy_of_real(judge, SplitImages(cfg.dataset, "val").dataset, options)
     if gap:
         result |= gap.compare(of_reference, of_held_out, result["rows"])
     if sweep:
@@ -173,6 +169,12 @@ def _check(options: DiTEvaluationConfig) -> None:
         raise UserError("evaluation.latent_noise reconstructs held-out images: it needs evaluation.held_out=true")
 
 
+def _accuracy_of_real(judge: SmallClassifier, images: ImageDataset, options: DiTEvaluationConfig) -> float:
+    """Share of the images whose class the judge finds, a batch at a time."""
+    batches = eval_batches(images, options.batch_size, workers=images.cfg.reading_processes)
+    return torch.cat([judge.correct(pixels, labels) for pixels, labels, _ in batches]).double().mean().item()
+
+
 def _check_classes(classifier: SmallClassifier, samples: SampleSet, path: str) -> None:
     """UserError if the classifier does not know all classes of the samples."""
     if (largest := int(samples.labels.max())) >= classifier.num_classes:
@@ -182,22 +184,13 @@ def _check_classes(classifier: SmallClassifier, samples: SampleSet, path: str) -
         )
 
 
-def _export(cfg: DiTConfig, out: Path, row: Row, samples: SampleSet) -> Export | None:
-    if not (cfg.evaluation.npz or cfg.evaluation.png):
+def _export(options: DiTEvaluationConfig, folder: Path, name: str) -> Export | None:
+    if not (options.npz or options.png):
         return None
-    folder = out / "export"
-    npz = folder / f"{row.name}.npz" if cfg.evaluation.npz else None
-    return Export(npz, folder / row.name if cfg.evaluation.png else None, samples.labels)
+    return Export(folder / f"{name}.npz" if options.npz else None, folder / name if options.png else None)
 
 
-def _baseline(
-    cfg: DiTConfig,
-    out: Path,
-    samples: SampleSet,
-    measuring: Measuring,
-    judge: SmallClassifier | None,
-    judged: dict,
-) -> ImageSetFolder:
+def _baseline(cfg: DiTConfig, samples: SampleSet) -> Recipe:
     """Trivial baseline: one Gaussian per class in pixel PCA space, as many samples of the same classes."""
     numbers, seed = cfg.evaluation.baseline_numbers, cfg.sampling.seed
     drawn: list[Tensor] = []
@@ -218,8 +211,7 @@ def _baseline(
         "size": cfg.dataset.im_size,
         "labels": sha256_json(samples.labels),
     }
-    folder = out / "measured" / "samples" / BASELINE
-    return ImageSetFolder(folder, request | judged, len(samples), make, measuring, judge, samples.labels)
+    return Recipe(len(samples), request, make)
 
 
 def _speed(table_rows: list[dict], sets: dict[str, ImageSetFolder], rows: list[Row], samples: SampleSet) -> None:
@@ -279,16 +271,6 @@ def _smaller_floor(held_out: SplitImages | None, count: int) -> str | None:
         f"the floor is that of {len(held_out)} held-out images: its Frechet distances have more "
         f"bias than those of {count} samples, and ratios to it are too favourable"
     )
-
-
-def _few_images(network: str, dim: int, count: int) -> list[str]:
-    needed = IMAGES_A_DIMENSION * dim
-    if count >= needed:
-        return []
-    return [
-        f"{count} samples are fewer than {IMAGES_A_DIMENSION} per dimension of {network.split(':')[0]} ({needed}): "
-        "most of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the floor"
-    ]
 
 
 def _first_of_each_class(labels: Tensor) -> list[list[int]]:

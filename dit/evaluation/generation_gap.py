@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dit.config import DiTConfig
-from dit.evaluation.latent_sets import HeldOutLatents, decoded, request_of, with_noise
+from dit.evaluation.latent_sets import HeldOutLatents, decoded
 from dit.evaluation.measured_sets import ImageSetFolder, Measuring
-from ssdd.fidelity.compare import compare
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.split_images import SplitImages
+from ssdd.fidelity.set_metrics import compare
+from ssdd.fidelity.stored_sets import SplitImages
 from ssdd.model.compared_decoders import Row
 from ssdd.model.latent import LatentNorm
 
@@ -43,11 +43,9 @@ class Gap:
         self.sets: dict[tuple[str, float], ImageSetFolder] = {}
         for row in rows:
             for level in self.levels:
-                latents = with_noise(self.latents.rows, level, seed)
-                request = request_of(row, norms[row.name], {**self.latents.request, "noise": level}, seed)
-                make = decoded(row, latents, norms[row.name], seed, measuring.precision)
+                recipe = decoded(row, norms[row.name], self.latents, seed, measuring.precision, noise=level)
                 place = folder / f"noise-{level:g}" / row.name
-                self.sets[row.name, level] = ImageSetFolder(place, request, len(self.latents), make, measuring)
+                self.sets[row.name, level] = ImageSetFolder(place, recipe, measuring)
 
     def measure(self) -> None:
         """Encode and reconstruct what is missing."""

@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from dit.config import DiTConfig
-from dit.evaluation.measured_sets import MadeImages, Measuring
+from dit.evaluation.measured_sets import MadeImages, Measuring, Recipe
 from dit.foreign_checkpoints import load_dit
 from dit.tasks import sample
 from ssdd.engine.checkpoint import resolve
@@ -38,7 +37,10 @@ Rows = Callable[[range], tuple[Tensor, Tensor]]
 
 
 class SampleSet:
-    """A folder that `task=sample` wrote. Latents are read from the file chunk by chunk."""
+    """A folder that `task=sample` wrote. Latents are read from the file chunk by chunk.
+
+    request: what they depend on, as of `HeldOutLatents`.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -49,7 +51,7 @@ class SampleSet:
         with safe_open(self._file, framework="pt") as file:
             self.shape = tuple(file.get_slice("z_n").get_shape())  # [n, C, h, w]
             self.labels = file.get_tensor("labels")
-        self.checksum = sha256_file(self._file)
+        self.request = sha256_file(self._file)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -58,10 +60,16 @@ class SampleSet:
         with safe_open(self._file, framework="pt") as file:
             return file.get_slice("z_n")[indices.start : indices.stop], torch.tensor(indices)
 
+    def label_scheme(self) -> str:
+        """How labels were chosen, in words."""
+        counts = self.labels.unique(return_counts=True)[1]
+        scheme = "balanced: index modulo classes" if self.description.get("balanced", True) else "random per sample"
+        return f"{scheme}; {len(counts)} classes, {int(counts.min())} to {int(counts.max())} samples each"
+
     def samples_per_s(self) -> float | None:
         """How fast it was drawn, by all processes together; None for a set that does not record it."""
-        told = self.folder / "speed.json"
-        return read_json(told)["samples_per_s"] if told.is_file() else None
+        file = self.folder / "speed.json"
+        return read_json(file)["samples_per_s"] if file.is_file() else None
 
     def norm(self, row: Row) -> LatentNorm:
         """UserError when a decoder's encoder did not make the latents that the generator was trained on.
@@ -86,8 +94,8 @@ def open_samples(cfg: DiTConfig, rows: Sequence[Row]) -> SampleSet:
         return samples
     weights = generator_of(cfg)
     _check_sizes(rows, sample.latent_shape(load_dit(weights, cfg.sampling.family)), cfg.dataset.im_size)
-    if told := sample.trained_on(weights).get("z_stats"):
-        norm = replace(LatentNorm.of(told["mean"], told["std"]), fingerprint=told["fingerprint"])
+    if recorded := sample.trained_on(weights).get("z_stats"):
+        norm = replace(LatentNorm.of(recorded["mean"], recorded["std"]), fingerprint=recorded["fingerprint"])
         for row in rows:
             norm.check_encoder(row.tokenizer.encoder_fingerprint(), weights)
     return SampleSet(sample.run(replace(cfg, out=None)))
@@ -168,8 +176,16 @@ def with_noise(rows: Rows, deviation: float, seed: int) -> Rows:
     return rows if deviation == 0 else noisy
 
 
-def decoded(row: Row, rows: Rows, norm: LatentNorm, seed: int, precision: Precision) -> Callable[[range], MadeImages]:
-    """What a decoder makes of latents; only its own time is counted."""
+def decoded(
+    row: Row,
+    norm: LatentNorm,
+    latents: SampleSet | HeldOutLatents,
+    seed: int,
+    precision: Precision,
+    noise: float | None = None,
+) -> Recipe:
+    """What a decoder makes of latents; only its own time is counted. noise: as of `with_noise`, None for none."""
+    rows = latents.rows if noise is None else with_noise(latents.rows, noise, seed)
 
     @torch.no_grad()
     def make(indices: range) -> MadeImages:
@@ -177,17 +193,18 @@ def decoded(row: Row, rows: Rows, norm: LatentNorm, seed: int, precision: Precis
         device = precision.device
         z = norm.denormalise(z_n.to(device))
         shape = (3, z.shape[-2] * row.tokenizer.f, z.shape[-1] * row.tokenizer.f)
-        noise = None if row.tokenizer.deterministic else indexed_noise(images, shape, seed, "decoder").to(device)
+        start = None if row.tokenizer.deterministic else indexed_noise(images, shape, seed, "decoder").to(device)
         synchronize(device)
         began = time.perf_counter()
         with precision.autocast():
-            pixels = to_uint8(row.tokenizer.decode(z, steps=row.steps, noise=noise))
+            pixels = to_uint8(row.tokenizer.decode(z, steps=row.steps, noise=start))
         synchronize(device)
         return MadeImages(pixels, images, time.perf_counter() - began)
 
-    return make
-
-
-def request_of(row: Row, norm: LatentNorm, latents: Any, seed: int) -> dict[str, Any]:
-    """What decoded images depend on; latents: what the latents depend on, JSON values."""
-    return {"decoder": row.provenance(), "z_stats": norm.to_dict(), "latents": latents, "decoder_noise_seed": seed}
+    request = {
+        "decoder": row.provenance(),
+        "z_stats": norm.to_dict(),
+        "latents": latents.request if noise is None else {**latents.request, "noise": noise},
+        "decoder_noise_seed": seed,
+    }
+    return Recipe(len(latents), request, make)

@@ -23,9 +23,8 @@ from ssdd.engine.processes import Processes
 from ssdd.engine.resumable import Chunks, WorkRecord
 from ssdd.fidelity.features import FeatureNetwork, Outputs
 from ssdd.fidelity.judge import SmallClassifier
-from ssdd.fidelity.measure import SetStatistics, kept_of, observe
+from ssdd.fidelity.measure import SetStatistics, kept_of, load_statistics, observe, save_statistics
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.statistics import load_statistics, save_statistics
 
 
 class MadeImages(NamedTuple):
@@ -36,11 +35,20 @@ class MadeImages(NamedTuple):
     seconds: float  # that making them took
 
 
+class Recipe(NamedTuple):
+    """How the `count` images of a set are made. request: all that they depend on; make: the images of a chunk."""
+
+    count: int
+    request: dict[str, Any]
+    make: Callable[[range], MadeImages]
+
+
 @dataclass(frozen=True)
 class Measuring:
-    """What all sets of an evaluation are measured with. kept: features kept of a set of more images than that.
+    """What sets are measured with. kept: features kept of a set of more images than that.
 
-    precision: that of the tokenizers that make images; feature networks compute in float32.
+    precision: that of the tokenizers that make images; feature networks compute in float32. judge: counts how often it
+    sees the requested label.
     """
 
     networks: Sequence[FeatureNetwork]
@@ -48,6 +56,7 @@ class Measuring:
     precision: Precision
     batch_size: int
     kept: int
+    judge: SmallClassifier | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,6 @@ class Export:
 
     npz: Path | None
     png: Path | None
-    labels: Tensor
 
     def done(self) -> bool:
         return all(path is None or path.exists() for path in (self.npz, self.png))
@@ -65,41 +73,38 @@ class Export:
 class ImageSetFolder:
     """One set: `measure` in all processes, `finish` in the main one, then its figures can be read.
 
-    request: all that its images depend on. judge: counts how often it sees the requested label. shown: images
-    that pictures show. What `finish` wrote for the same request is used again.
+    labels: requested of the images, int64 [count], for a judge or an npz. shown: images that pictures show. What
+    `finish` wrote for the same request is used again.
     """
 
     def __init__(
         self,
         folder: Path,
-        request: dict[str, Any],
-        count: int,
-        make: Callable[[range], MadeImages],
+        recipe: Recipe,
         measuring: Measuring,
-        judge: SmallClassifier | None = None,
         labels: Tensor | None = None,
         shown: Sequence[int] = (),
         export: Export | None = None,
     ):
-        self.folder, self.count, self.measuring, self.make = folder, count, measuring, make
-        self.judge, self.labels, self.export = judge, labels, export
+        self.folder, self.measuring, self.labels, self.export = folder, measuring, labels, export
+        self.count, self.make = recipe.count, recipe.make
         self.shown = torch.tensor(list(shown), dtype=torch.int64)
         self.request = plain(
-            request
+            recipe.request
             | {
-                "count": count,
+                "count": self.count,
                 "batch_size": measuring.batch_size,
                 "networks": [[network.name, network.checksum] for network in measuring.networks],
-                "kept_features": min(count, measuring.kept),
+                "kept_features": min(self.count, measuring.kept),
                 "device": measuring.processes.device.type,
                 "precision": measuring.precision.name,
-                "judged": judge is not None,
+                "judged": measuring.judge is not None,
                 "shown": list(shown),
                 "images": export is not None,
             }
         )
         self.record = WorkRecord(folder / "measured.json", {"request": self.request})
-        self.chunks = Chunks(folder / "chunks", self.request, count, measuring.batch_size)
+        self.chunks = Chunks(folder / "chunks", self.request, self.count, measuring.batch_size)
         self.finished = self._finished()
 
     def _finished(self) -> bool:
@@ -130,7 +135,7 @@ class ImageSetFolder:
             processes.wait()
 
     def _begin(self) -> None:
-        for path in self.folder.glob("*.*"):
+        for path in sorted(self.folder.glob("*.*")):  # measured.json first: it says that the others are there
             path.unlink()
         self.chunks.prepare()
         if self.export and self.export.png:
@@ -142,8 +147,8 @@ class ImageSetFolder:
         for number, outputs in enumerate(observe(on_device, self.measuring.networks)):
             tensors |= {f"{number}.{key}": part for key, part in outputs._asdict().items() if part is not None}
         pixels = images.pixels.cpu()
-        if self.judge is not None:
-            tensors["correct"] = self.judge.correct(images.pixels, self.labels[list(chunk)])
+        if self.measuring.judge is not None:
+            tensors["correct"] = self.measuring.judge.correct(images.pixels, self.labels[list(chunk)])
         if self.export is not None:
             tensors["images"] = pixels
         shown = torch.isin(images.indices, self.shown)
@@ -174,7 +179,7 @@ class ImageSetFolder:
         save_tensors(self.folder / "shown.safetensors", shown)
         if self.export and self.export.npz:
             images = (self.chunks.load(chunk)["images"] for chunk in self.chunks.ranges)
-            write_npz(self.export.npz, images, self.count, self.export.labels)
+            write_npz(self.export.npz, images, self.count, self.labels)
         self.record.write(
             images_per_s=self.chunks.samples_per_s() * self.measuring.processes.world,
             class_accuracy=torch.cat(parts["correct"]).double().mean().item() if parts["correct"] else None,

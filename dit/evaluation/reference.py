@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dit.config import DiTConfig, DiTEvaluationConfig
 from ssdd.engine.errors import UserError
 from ssdd.engine.processes import Processes
 from ssdd.fidelity.features import FeatureNetwork
+from ssdd.fidelity.measure import default_cache, measure_once
 from ssdd.fidelity.moments import Statistics
 from ssdd.fidelity.set_to_measure import SetToMeasure
-from ssdd.fidelity.split_images import SplitImages
-from ssdd.fidelity.statistics import default_cache, measure_once
-from ssdd.fidelity.stored_sets import Treatment, check_comparable
+from ssdd.fidelity.stored_sets import SplitImages, Treatment, check_comparable
 
 
 def open_reference(cfg: DiTConfig, networks: Sequence[FeatureNetwork]) -> SetToMeasure | SplitImages:
@@ -63,10 +60,3 @@ def check_treatment(cfg: DiTConfig, made_of: dict | None, reference: SetToMeasur
             "crop of the cache (dataset.crop), or set evaluation.allow_mismatch=true"
         )
     return problem
-
-
-def labels_of(labels: torch.Tensor, description: dict) -> str:
-    """The label scheme in words."""
-    counts = labels.unique(return_counts=True)[1]
-    scheme = "balanced: index modulo classes" if description.get("balanced", True) else "drawn at random a sample"
-    return f"{scheme}; {len(counts)} classes, {int(counts.min())} to {int(counts.max())} samples each"

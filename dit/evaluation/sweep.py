@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from dit.config import DiTConfig
-from dit.evaluation.latent_sets import SampleSet, decoded, request_of
+from dit.evaluation.latent_sets import SampleSet, decoded
 from dit.evaluation.measured_sets import ImageSetFolder, Measuring
 from dit.tasks import sample
 from ssdd.engine.files import write_atomic
-from ssdd.fidelity.compare import compare
 from ssdd.fidelity.moments import Statistics
+from ssdd.fidelity.set_metrics import compare
 from ssdd.model.compared_decoders import Row
 
-REFERENCE = "reference"
+REFERENCE = "/reference"  # among decoders, whose names have no slash
 
 
 @dataclass
@@ -49,10 +49,8 @@ class Sweep:
             self.settings.append(Setting(scale, count, sets))
 
     def _measured(self, row: Row, samples: SampleSet, folder: Path) -> ImageSetFolder:
-        norm, seed = samples.norm(row), self.cfg.sampling.seed
-        make = decoded(row, samples.rows, norm, seed, self.measuring.precision)
-        request = request_of(row, norm, samples.checksum, seed)
-        image_set = ImageSetFolder(folder / row.name, request, len(samples), make, self.measuring)
+        recipe = decoded(row, samples.norm(row), samples, self.cfg.sampling.seed, self.measuring.precision)
+        image_set = ImageSetFolder(folder / row.name, recipe, self.measuring)
         image_set.measure()
         return image_set
 

@@ -12,6 +12,7 @@ from dit.config import DiTConfig
 from dit.foreign_checkpoints import load_dit
 from dit.model import DiT
 from dit.objective import LatentObjective, step_draws
+from dit.options import VARIANTS
 from latent_cache import LatentDataset, StreamingLatents
 from ssdd.engine.checkpoint import resolve
 from ssdd.engine.errors import UserError
@@ -55,8 +56,8 @@ def build_network(cfg: DiTConfig, cache: Cache) -> DiT:
 def architecture(cfg: DiTConfig) -> dict[str, Any]:
     """The options of the network that the keys of `model` stand for, as fields of `DiTOptions`."""
     model = cfg.model
-    shared = {"learn_sigma": model.learn_sigma, "time_scale": model.time_scale, **model.variants()}
-    return {"null_class": model.class_dropout > 0} | shared
+    same = ("learn_sigma", "time_scale", *VARIANTS)
+    return {"null_class": model.class_dropout > 0} | {name: getattr(model, name) for name in same}
 
 
 def pretrained_network(cfg: DiTConfig, cache: Cache) -> DiT:
@@ -83,7 +84,7 @@ def pretrained_network(cfg: DiTConfig, cache: Cache) -> DiT:
         keys["null_class"] = f"model.class_dropout={0.1 if found['null_class'] else 0}"
     if keys:
         raise UserError(f"model.checkpoint={file} holds another network: set {' '.join(keys.values())}")
-    return network.float()  # files may be in half precision, which small updates vanish in
+    return network.float().train()  # files may be in half precision, which small updates vanish in
 
 
 def build_objective(cfg: DiTConfig, network: DiT) -> LatentObjective:

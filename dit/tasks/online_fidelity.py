@@ -21,9 +21,8 @@ from ssdd.engine.processes import Processes
 from ssdd.fidelity.features import AUTOMATIC, load_networks
 from ssdd.fidelity.frechet import frechet_distance
 from ssdd.fidelity.kid import kernel_distance
-from ssdd.fidelity.measure import measure
-from ssdd.fidelity.split_images import SplitImages
-from ssdd.fidelity.statistics import default_cache, measure_once
+from ssdd.fidelity.measure import default_cache, measure, measure_once
+from ssdd.fidelity.stored_sets import SplitImages
 
 REFERENCE_IMAGES = 10_000  # of the train split at most, evenly over its classes
 

@@ -195,9 +195,9 @@ def trained_on(weights: Path) -> dict:
 def _describe(
     out: Path, request: dict, precision: Precision, model: DiT, weights: Path, reference: str, n: int
 ) -> None:
-    told = trained_on(weights)
-    if "z_stats" in told:
-        write_json(out / "z_stats.json", told["z_stats"])
+    recorded = trained_on(weights)
+    if "z_stats" in recorded:
+        write_json(out / "z_stats.json", recorded["z_stats"])
     description = {
         "n": n,
         **request,
@@ -207,9 +207,9 @@ def _describe(
         "model": model.config,
         "latent_shape": list(latent_shape(model)),
         "num_classes": model.num_classes,
-        "class_names": told.get("class_names"),
-        "z_stats": "z_stats.json" if "z_stats" in told else None,
-        "images": told.get("images"),
+        "class_names": recorded.get("class_names"),
+        "z_stats": "z_stats.json" if "z_stats" in recorded else None,
+        "images": recorded.get("images"),
         "latents_sha256": sha256_file(out / "latents.safetensors"),
     }
     write_json(out / "sample_set.json", description)

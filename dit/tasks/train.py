@@ -32,8 +32,9 @@ from ssdd.engine.running_means import RunningMeans
 from ssdd.engine.sharding import shard
 from ssdd.engine.state import Auxiliary, Average, OptimizerState, TrainingState, Weights
 from ssdd.engine.throughput import Throughput
-from ssdd.engine.training_checks import FirstBadStep
+from ssdd.engine.training_checks import FirstBadStep, check_training
 from ssdd.losses.objective import weighted_sum
+from ssdd.losses.repa import trained_heads
 
 
 def run(cfg: DiTConfig) -> dict[str, Any]:
@@ -61,9 +62,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     monitor = SampleMonitor(cfg, cache, network, processes, precision)
     if training.fsdp:
         shard(objective, [[block] for block in network.blocks], device, world)
-    parameters = dict(network.named_parameters())
-    heads = {} if objective.repa is None else dict(objective.repa.named_parameters(prefix="repa_loss"))
-    heads = {name: p for name, p in heads.items() if p.requires_grad}
+    parameters, heads = dict(network.named_parameters()), trained_heads(objective.repa)
     trained = {name: p for name, p in (parameters | heads).items() if p.requires_grad}
     groups = parameter_groups(trained, objective, training.weight_decay)
     optimizer = build_optimizer("adamw", groups, training.lr, training.betas)
@@ -72,14 +71,13 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
     averages = build_averages(training.ema, parameters, steps)
     means = RunningMeans(["loss", *objective.terms, "grad_norm"], device)
     bad = FirstBadStep(device)
-
     if training.grad_checkpoint:
         recompute_activations(network)
     if training.compile:
         network.compile()
     model = objective if training.fsdp else processes.data_parallel(objective)
     if cfg.dry_run:
-        return dry_run(cfg, latents, model.train(), update, averages, precision, flop)
+        return dry_run(cfg, latents, model, update, averages, precision, flop)
 
     # Resume: the state has all that a step reads, besides the config.
     identity |= {**network.config, "averages": list(averages), "terms": objective.terms}
@@ -99,7 +97,6 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
         directory.begin(cfg, state.step)
     batches, weights = latents.read(state.step), loss_weights(cfg)
     throughput = Throughput(device, precision.name, latents.batch_size, flop, world, state.step)
-    model.train()
     with StopRequest() as stop, state.log(steps, f"train {cfg.run_name}", training.wandb) as progress:
         progress.message(state.headline())
         for step in range(state.step, steps):
@@ -127,7 +124,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
             bad.end(done)
             progress.advance()
 
-            # Log: the only place besides checkpoints that waits for the device.
+            # Log: the only place besides evaluations and checkpoints that waits for the device.
             stopping, ended = stop.agreed(), done == steps
             scheduled = ended or done % training.save_every == 0
             logging = done == 1 or done % training.log_freq == 0 or ended
@@ -139,7 +136,7 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
                 counts = {"images": done * latents.batch_size}
                 progress.metrics(done, state.metrics | counts | throughput.line(done))
 
-            # Draw and measure samples of the averaged weights.
+            # Evaluate what the averaged weights make, and draw it.
             if monitor.due(done, scheduled):
                 with throughput.paused():
                     monitor.take(done, scheduled, averages[AVERAGE].tensors(), progress)
@@ -164,15 +161,9 @@ def run(cfg: DiTConfig) -> dict[str, Any]:
 def check(cfg: DiTConfig) -> None:
     """UserError for numbers that no run can work with."""
     training = cfg.training
+    check_training(training, {"steps": training.steps})
     for key in ("sample_every", "fidelity_every"):
         if getattr(training, key) and training.tokenizer is None:
             raise UserError(f"training.{key} needs training.tokenizer=<checkpoint reference>, which decodes samples")
-    for key in ("steps", "save_every", "log_freq"):
-        if getattr(training, key) < 1:
-            raise UserError(f"training.{key}={getattr(training, key)} must be at least 1")
     if training.t_shift <= 0:
         raise UserError(f"training.t_shift={training.t_shift:g} must be positive; 1 leaves the drawn times unchanged")
-    if training.grad_clip < 0:
-        raise UserError(f"training.grad_clip={training.grad_clip:g} must not be negative; 0 disables clipping")
-    if training.fsdp and training.compile:
-        raise UserError("training.fsdp=true does not support compiled networks yet: set training.compile=false")

@@ -34,11 +34,10 @@ class LatentBatch:
 
 
 class TrainingLatents:
-    """The latents of a cache as the batches of a config; rows: of a step that this process gets, in
-    `parts`.
+    """The latents of a cache as the batches of a config.
 
-    with_images: read the images of the latents as well. UserError for a batch that cannot be divided, and for
-    images that the cache was not built from.
+    with_images: read the images of the latents as well. rows: of a step that this process gets, in `parts`. UserError
+    for a batch that cannot be divided, and for images that the cache was not built from.
     """
 
     def __init__(self, cfg: DiTConfig, cache: Cache, processes: Processes, with_images: bool):

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from latent_cache.manifest import MANIFEST, STATISTICS, differences, layout_of, load_manifest, settings_of, shard_ranges
 from latent_cache.shard import shard_name
 from latent_cache.verify import split_problems, statistics_problems
-from ssdd.engine.errors import UserError
+from ssdd.engine.errors import UserError, full_disk
 from ssdd.engine.files import read_json, remove_leftovers, write_json
 from ssdd.engine.locks import Lock
 from ssdd.engine.resumable import WorkRecord
@@ -215,7 +215,7 @@ def clear_disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as problem:  # the library's own form of ENOSPC
-        if "os error 28" not in str(problem):
+        if full_disk(problem) is None:
             raise
         raise UserError(f"out={root}: {os.strerror(errno.ENOSPC)}: {RETRY}") from problem
     except OSError as problem:

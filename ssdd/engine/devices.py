@@ -6,6 +6,8 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +24,16 @@ def choose_kernels(deterministic: bool = False, tf32: bool = True) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions of the block keep all bits of float32 inputs on CUDA; what was set before comes back."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

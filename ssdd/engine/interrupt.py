@@ -9,6 +9,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from ssdd.engine.processes import PATIENCE
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -25,7 +27,7 @@ class StopRequest:
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
         parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if parallel else None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if parallel else None
 
     def agreed(self) -> bool:
         """Whether to stop now."""

@@ -50,7 +50,7 @@ class Lock:
             self._flock(fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if holder:
-                log.warning("%s works in %s: waiting until it ends", holder, self.path)
+                log.warning("%s holds the lock on %s: waiting until it ends", holder, self.path)
             self._flock(fcntl.LOCK_EX)
 
     def share(self) -> None:

@@ -19,8 +19,8 @@ class ProgressLog:
     """Reports a loop of ``total`` steps of which ``start`` were done before; other processes than the main are silent.
 
     With ``run``, :meth:`metrics` also appends to ``metrics.jsonl`` and to TensorBoard files in the run directory, and
-    with ``wandb``, the name of a project, to Weights & Biases. Lines go to ``stream`` (default
-    stderr). Use as a context manager, or :meth:`close`.
+    with ``wandb``, the name of a project, to Weights & Biases. Lines go to ``stream`` (default stderr). Use as a
+    context manager, or :meth:`close`.
     """
 
     def __init__(

@@ -129,8 +129,7 @@ def download_weights(name: str, weights: PretrainedWeights, target: Path) -> str
         raise UserError(f"{name}: {error}{hint}") from None
     except UnreadableFile as error:
         raise UserError(
-            f"{name}: {error}. Is this machine connected, or does it need https_proxy? The same command continues from "
-            "here"
+            f"{name}: {error}. Is this machine connected, or does it need https_proxy? Then run the same command again"
         ) from None
 
 

@@ -25,6 +25,10 @@ def available(kind: str) -> list[str]:
 
 
 def named_file(key: str, kind: str, name: str) -> Path:
+    """The file that ``key=name`` means: a path ending in ``.yaml`` or ``.yml``, else one of :func:`available`.
+
+    UserError, with the nearest name, where there is none.
+    """
     path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else configs_dir() / kind / f"{name}.yaml"
     if path.is_file():
         return path

@@ -1,7 +1,7 @@
-"""Pretrained weights of external networks: which file, where it is looked for, how to fetch it.
+"""Pretrained weights of external networks: which file, where it is looked for, how it is read.
 
 Nothing here downloads: a run either finds the file before work starts, or says what to do. On a connected machine
-`scripts/prefetch_weights.py` fetches what this table names.
+`ssdd.engine.prefetch` (`scripts/prefetch_weights.py`) downloads what this table names.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -95,15 +95,6 @@ class Processes:
         if answer[1] is not None:
             raise UserError(answer[1])
         return answer[0]
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The block runs in process 0 before it runs in the others."""
-        if not self.is_main:
-            self.wait()
-        yield
-        if self.is_main:
-            self.wait()
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows [n, ...] of all processes in the order of their ranks; each may have another number of them."""

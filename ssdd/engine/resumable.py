@@ -39,12 +39,13 @@ class WorkRecord:
         write_json(self.path, self.request | known)
 
     def begin(self, *folders: Path) -> dict[str, Any]:
-        """The record, a new one unless it is of this request: then `folders`, with other work, are deleted before.
+        """The record; a new one if there is none of this request, after deleting `folders`, which hold other work.
 
         For the main process, before the others start.
         """
         if (found := self.read()) is not None:
             return found
+        self.path.unlink(missing_ok=True)  # first: work that is deleted in part must not be found by its own request
         for folder in folders:
             if folder.exists():
                 shutil.rmtree(folder)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import plain, read_json, write_atomic, write_json
+from ssdd.engine.locks import Lock
 
 
 class RunDirectory:
@@ -25,6 +28,20 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "task_result.json"
+
+    @contextmanager
+    def claimed(self, is_main: bool) -> Iterator[None]:
+        """Hold the lock of this run, which two programs must not train at a time; waits, and says so, for another one.
+
+        The main process holds it for all. On a file system without locks there is none.
+        """
+        if not is_main:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with Lock(self.path, optional=True) as lock:
+            lock.claim("another training")
+            yield
 
     def save_config(self, cfg: Any) -> None:
         """Write the resolved config dataclass to ``config.yaml``."""

@@ -1,4 +1,4 @@
-"""The keys of a config: a dataclass tree as dotted names with types, and a config as YAML."""
+"""The keys of a config: a dataclass tree as dotted names with types and aliases, and a config as YAML."""
 
 from __future__ import annotations
 
@@ -104,6 +104,7 @@ def type_name(kind: Any, optional: bool = False) -> str:
 
 
 def strip_optional(kind: Any) -> tuple[Any, bool]:
+    """A type without None, and whether None is a value of it."""
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return kind, kind is Any
     parts = [part for part in typing.get_args(kind) if part is not types.NoneType]

@@ -29,7 +29,7 @@ class Part(Protocol):
         """Live tensors, whole or sharded; without any, there is no file."""
 
     def values(self) -> dict[str, Any]:
-        """JSON values, under names that no other part uses."""
+        """JSON values, under names that other parts use for equal ones only."""
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Continue with what `tensors` and `values` gave; `values` has those of all parts."""
@@ -150,7 +150,10 @@ class Weights:
 
 
 class Average:
-    """A moving average, with what else `network` has, so that the file is a whole network's."""
+    """A moving average, with what else `network` has, so that the file is a whole network's.
+
+    The averages of a run count the same updates, so they share one value.
+    """
 
     def __init__(self, ema: Ema, network: nn.Module | None = None):
         self.ema, self.network = ema, network

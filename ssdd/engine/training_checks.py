@@ -1,7 +1,8 @@
-"""Checks of a training page: divisible batch, same config, finite loss, pictures that are due."""
+"""Checks of a training page: keys, divisible batch, resumable checkpoint, finite loss, pictures that are due."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,18 @@ from torch import Tensor
 from ssdd.engine import checkpoint
 from ssdd.engine.errors import UserError
 from ssdd.engine.processes import Processes
+from ssdd.engine.training_keys import TrainingKeys
+
+
+def check_training(training: TrainingKeys, planned: Mapping[str, int]) -> None:
+    """UserError for numbers that no run can work with; planned: key of `training` -> how long the run lasts."""
+    for key, value in {**planned, "save_every": training.save_every, "log_freq": training.log_freq}.items():
+        if value < 1:
+            raise UserError(f"training.{key}={value} must be at least 1")
+    if training.grad_clip < 0:
+        raise UserError(f"training.grad_clip={training.grad_clip:g} must not be negative; 0 disables clipping")
+    if training.fsdp and training.compile:
+        raise UserError("training.fsdp=true does not support compiled networks yet: set training.compile=false")
 
 
 def rows_a_process(key: str, batch_size: int, world: int, parts: int) -> int:

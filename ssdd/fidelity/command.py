@@ -21,14 +21,21 @@ from ssdd.engine.files import write_json
 from ssdd.engine.processes import Processes
 from ssdd.engine.program import named_paths, run_program
 from ssdd.engine.tables import listed
-from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, frechet_floor, paired_differences
 from ssdd.fidelity.features import FeatureNetwork, load_networks
 from ssdd.fidelity.kid import KernelEstimate, kernel_distance_of_subsets
+from ssdd.fidelity.measure import default_cache
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.set_metrics import SET_METRICS
+from ssdd.fidelity.set_metrics import (
+    IMAGES_A_DIMENSION,
+    SET_METRICS,
+    compare,
+    few_images,
+    frechet_floor,
+    paired_differences,
+)
 from ssdd.fidelity.set_to_measure import SetToMeasure
-from ssdd.fidelity.statistics import default_cache
 from ssdd.fidelity.stored_sets import check_comparable
+from ssdd.images.crops import CROPS
 
 
 @dataclass
@@ -44,7 +51,7 @@ class FidelityConfig:
     """File of the result."""
     im_size: int | None = None
     """Cut all images to squares of this side with `crop`; null leaves them as they are."""
-    crop: str = field(default="adm", metadata={"choices": ("adm", "resize")})
+    crop: str = field(default="adm", metadata={"choices": CROPS})
     """adm (box halving, bicubic; every gFID reference's) or resize (bilinear short side, centre crop)."""
     allow_mismatch: bool = False
     """Compare sets even if their sizes or crops differ, and record it in the result."""
@@ -121,7 +128,8 @@ def run(cfg: FidelityConfig) -> dict[str, Any]:
             if floor := scores[name].get("frechet_floor"):
                 scores[name]["frechet_ratio"] = scores[name]["frechet"] / floor
         result["metrics"][network.name] = scores
-        result["notes"] += _few_images(network, sets, names)
+        for name in names:
+            result["notes"] += few_images(f"{name}: {sets[name].count} images", sets[name].count, network)
         if cfg.decide != "none":
             result.setdefault("decision", {})[network.name] = decide(cfg.decide, names, scores, kernels)
     return result
@@ -142,17 +150,6 @@ def _beside(cfg: FidelityConfig, samples: Statistics, reference: Statistics) -> 
         mean, deviation = kernel_distance_of_subsets(*both, cfg.kid_subsets, cfg.kid_subset_size, cfg.seed)
         found |= {"kid_of_subsets": mean, "kid_of_subsets_deviation": deviation}
     return found
-
-
-def _few_images(network: FeatureNetwork, sets: dict[str, Statistics], names: list[str]) -> list[str]:
-    needed = IMAGES_A_DIMENSION * network.dim
-    return [
-        f"{name}: {sets[name].count} images are fewer than {IMAGES_A_DIMENSION} per dimension of {network.name} "
-        f"({needed}), so most of its Frechet distance is bias. Look at KID with its interval, and at the ratio to the "
-        "floor"
-        for name in names
-        if sets[name].count is not None and sets[name].count < needed
-    ]
 
 
 def check_decision(by: str, counts: list[int | None], networks: list[FeatureNetwork]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssdd.engine.devices import without_tf32
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_file
 from ssdd.engine.pretrained import TIMM_PREFIX, find, has, load_tensors
@@ -70,10 +71,14 @@ class FeatureNetwork(nn.Module):
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> Outputs:
-        """Features of uint8 images [n, 3, h, w], with logits and spatial features where the network has them."""
+        """Features of uint8 images [n, 3, h, w], with logits and spatial features where the network has them.
+
+        Without TF32 whatever the caller computes with: statistics that a training run stores serve every evaluation.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected uint8 images [n, 3, h, w], got {images.dtype} {tuple(images.shape)}")
-        found = self.network(images)
+        with without_tf32():
+            found = self.network(images)
         found = found if isinstance(found, Outputs) else Outputs(found)
         return Outputs(*(None if part is None else part.float() for part in found))
 

@@ -22,8 +22,8 @@ from ssdd.engine.files import sha256_file
 from ssdd.engine.pretrained import read_torch_file
 from ssdd.engine.processes import Processes
 from ssdd.fidelity.features import FeatureNetwork
+from ssdd.fidelity.measure import BATCH, load_statistics, measure_once
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.statistics import BATCH, load_statistics, measure_once
 from ssdd.fidelity.stored_sets import NPZ_IMAGES, StoredSet, Treatment, open_set
 
 FOREIGN_NETWORK = "inception"  # what mu and sigma of foreign files were measured with

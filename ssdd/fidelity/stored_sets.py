@@ -1,6 +1,6 @@
-"""Stored sets of images of any origin: image files of any sizes, WebDataset shards, ADM's npz of samples.
+"""Sets of images to measure: splits of data sets, image files of any sizes, WebDataset shards, ADM's npz of samples.
 
-Images come as stored 8-bit RGB pixels. A set records how they were treated: counts of files by format and size, and the
+Images come as 8-bit RGB pixels. A set records how they were treated: counts of files by format and size, and the
 named crop. Sets that were treated differently are not comparable (a resize or JPEG moves an FID), and
 `check_comparable` refuses them.
 """
@@ -23,15 +23,15 @@ from torch import Tensor
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular
-from ssdd.images.crops import adm_crop, centre_crop, resize_short_side
+from ssdd.engine.files import sha256_json
+from ssdd.images.batches import eval_batches
+from ssdd.images.crops import CROPS
+from ssdd.images.dataset import ImageDataset
 from ssdd.images.shards import ShardedImages, index_tar, pictures_of
+from ssdd.images.sources import DatasetConfig, open_source
 from ssdd.images.stored_files import IMAGE_SUFFIXES, ImageFiles
 
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"
-CROPS = {
-    "adm": adm_crop,
-    "resize": lambda image, size: centre_crop(resize_short_side(image, size, Image.Resampling.BILINEAR), size),
-}
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,42 @@ def check_comparable(a: Treatment, b: Treatment, names: tuple[str, str], allow_m
             "both (crop=adm is that of every gFID reference), or allow_mismatch=true to compare them as they are"
         )
     return problem
+
+
+class SplitImages:
+    """A split ("train" or "val") with the crop and size of its config; read by `dataset.workers` processes."""
+
+    def __init__(self, cfg: DatasetConfig, split: str):
+        self.dataset = ImageDataset(open_source(cfg, split), cfg, train=False)
+        self.treatment = Treatment(cfg.crop, (cfg.im_size, cfg.im_size))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of what the split holds; another one where unreadable images are skipped instead of an error."""
+        source, skips = self.dataset.source.fingerprint(), self.dataset.cfg.on_corrupt == "skip"
+        return sha256_json([source, "unreadable skipped"]) if skips else source
+
+    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """(uint8 [n, 3, H, W], indices int64 [n]) of the readable images rank, rank + world, ..."""
+        for pixels, _, indices in eval_batches(
+            self.dataset, batch_size, rank, world, self.dataset.cfg.reading_processes
+        ):
+            yield pixels, indices
+
+    def describe(self) -> dict[str, Any]:
+        """What a result records of the set, in JSON values."""
+        source, cfg = self.dataset.source, self.dataset.cfg
+        return {
+            "source": source.name,
+            "split": source.split,
+            "crop": cfg.crop,
+            "size": [cfg.im_size, cfg.im_size],
+            "count": len(self),
+            "fingerprint": source.fingerprint(),
+            "on_corrupt": cfg.on_corrupt,
+        }
 
 
 class StoredSet:

@@ -1,4 +1,4 @@
-"""Resizing and cropping by name: SSDD's (arXiv 2510.04961) and that of ADM's ImageNet references (arXiv 2105.05233)."""
+"""Test-time crops, one table: SSDD's (arXiv 2510.04961) and that of ADM's ImageNet references (arXiv 2105.05233)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ def resize_short_side(image: Image.Image, size: int, resample: Image.Resampling)
     return image.resize((size * width // shorter, size * height // shorter), resample)
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
+def resize_crop(image: Image.Image, size: int) -> Image.Image:
+    """The crop of SSDD: bilinear short side, centre crop."""
+    image = resize_short_side(image, size, Image.Resampling.BILINEAR)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
@@ -25,3 +27,7 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+CROPS = {"resize": resize_crop, "adm": adm_crop}
+"""Name -> (picture, side) -> square picture of that side."""

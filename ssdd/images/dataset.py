@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssdd.engine.errors import UserError
 from ssdd.engine.random import seed_of
-from ssdd.images.crops import adm_crop, centre_crop, resize_short_side
+from ssdd.images.crops import CROPS, resize_short_side
 from ssdd.images.sources import DatasetConfig, ImageSource
 
 log = logging.getLogger(__name__)
@@ -84,10 +84,8 @@ class ImageDataset:
             image = self.source.image(index)
             if self.train:
                 image = resize_short_side(image, size, Image.Resampling.LANCZOS)
-            elif self.cfg.crop == "adm":
-                image = adm_crop(image, size)
             else:
-                image = centre_crop(resize_short_side(image, size, Image.Resampling.BILINEAR), size)
+                image = CROPS[self.cfg.crop](image, size)
             pixels = np.asarray(image)
             if self._keep:
                 self._kept[index] = pixels

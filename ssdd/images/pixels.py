@@ -12,6 +12,8 @@ from torch import Tensor
 
 PEAK = 255
 """The largest level of an 8-bit pixel."""
+ROUNDING = f"clamp to [-1, 1], scale to 0..{PEAK}, round"
+"""What `to_uint8` does, as results record it."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarr
     count, _, height, width = pixels.shape
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), PEAK, dtype=np.uint8)
     for place, picture in enumerate(pixels):
         top, left = place // columns * (height + gap), place % columns * (width + gap)
         sheet[top : top + height, left : left + width] = picture.transpose(1, 2, 0)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from PIL import Image
 from ssdd.engine.errors import UserError
 from ssdd.engine.file_kinds import check_regular, other_kind
 from ssdd.engine.random import random_state
+from ssdd.images.crops import CROPS
 from ssdd.images.shards import open_shards
 from ssdd.images.small_sets import read_digits, read_fashion_mnist
 from ssdd.images.stored_files import IMAGE_SUFFIXES, ImageFiles, decode_rgb
@@ -48,7 +50,7 @@ class DatasetConfig:
     possible."""
     flip: bool | None = None
     """Mirror half of the training images; null: if the source allows it (not digits and Fashion-MNIST)."""
-    crop: str = field(default="resize", metadata={"choices": ("resize", "adm")})
+    crop: str = field(default="resize", metadata={"choices": CROPS})
     """Test-time crop: resize (bilinear short side, centre crop; the paper's) or adm (box halving, bicubic; gFID's)."""
     workers: int | None = None
     """Processes that decode images; 0: the training process itself; null: one per core, up to 8, for files and
@@ -121,7 +123,14 @@ class ImageSource:
         return self.pictures.where(index) or f"{self.name} {self.split} image {index}"
 
     def fingerprint(self) -> str:
-        """Hex sha256 of what the source holds: labels, class names, order and pictures, not where it lies."""
+        """Hex sha256 of what the source holds: labels, class names, order and pictures, not where it lies.
+
+        Pictures are read for the first call alone.
+        """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for part in (self.name, self.split, *self.class_names):
             digest.update(part.encode(errors="surrogateescape") + b"\0")

@@ -36,8 +36,9 @@ class LossEntry:
     weight: float
     """Default of losses.NAME; 0 disables the loss."""
     title: str
+    """What the help says of losses_start.NAME and aux_losses.NAME."""
     doc: str
-    """What the help says of it."""
+    """What the help says of losses.NAME."""
     options: type | None = None
     """Dataclass of the options aux_losses.NAME."""
     network: str = ""

@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS (Zhang et al. 2018), its form on networks that need no download, and DreamSim."""
+"""Perceptual distances as losses and metrics: LPIPS (Zhang et al. 2018), also on other networks, and DreamSim."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ssdd.engine.errors import UserError
 from ssdd.engine.pretrained import find, has, load_tensors
 from ssdd.fidelity.features import LITE0, TimmStages
-from ssdd.images.pixels import to_uint8, to_unit
+from ssdd.images.pixels import PEAK, to_uint8, to_unit
 
 DREAMSIM_HUB_FILES = ("facebookresearch_dino_main/hubconf.py", "checkpoints/dino_vitbase16_pretrain.pth")
 """What the package dreamsim has torch.hub fetch into its weights' folder, and run, where it is not there yet."""
@@ -115,8 +115,8 @@ class DreamSim(nn.Module):
 
     The package `dreamsim` brings architecture and distance; its weights come from the search path. UserError when
     either is missing. The package runs the code of facebookresearch/dino, through torch.hub, which would download it:
-    that code must already be in the weights' folder. Images become 224 px by Pillow's
-    antialiased bicubic on 8-bit pixels, as the package has it.
+    that code must already be in the weights' folder. Images become 224 px by Pillow's antialiased bicubic on 8-bit
+    pixels, as the package has it.
     """
 
     SIDE = 224
@@ -144,7 +144,7 @@ class DreamSim(nn.Module):
         for size in ((x.shape[2], self.SIDE), (self.SIDE, self.SIDE)):  # Pillow rounds and clips after each direction
             if tuple(x.shape[2:]) != size:
                 x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
-                x = x.round().clamp(0, 255)
+                x = x.round().clamp(0, PEAK)
         return to_unit(x)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:

@@ -88,6 +88,12 @@ class RepaLoss(nn.Module):
         return sum(0.0 * parameter.sum() for parameter in self.repa_mlp.parameters())
 
 
+def trained_heads(repa: RepaLoss | None) -> dict[str, nn.Parameter]:
+    """What of REPA is trained, under its names in checkpoints; none without it."""
+    named = () if repa is None else repa.named_parameters(prefix="repa_loss")
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
 def resample_positions(table: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
     """Position table [1, prefix + n n, C] for another grid of patches: bicubic, without antialiasing."""
     fixed, square = table[:, :prefix], table[:, prefix:]

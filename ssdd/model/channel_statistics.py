@@ -1,4 +1,4 @@
-"""Exact per-channel statistics of latents, in float64, merged in a fixed order."""
+"""Exact per-channel statistics of latents for `z_stats.json`, in float64, merged in a fixed order."""
 
 from __future__ import annotations
 

@@ -248,10 +248,7 @@ class UViTDecoder(nn.Module):
         self._compiled = torch.compile(self._velocity_and_tokens, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_compiled": None,
-        }  # a copy's would run these weights
+        return {**super().__getstate__(), "_compiled": None}  # a copy's would run these weights
 
     def condition(self, z: Tensor, height: int, width: int, whole: Tensor | None = None) -> Condition:
         """The part of a decode to height x width pixels that depends on z [B, z_dim, h, w] alone; `whole` is not used.

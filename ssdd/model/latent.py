@@ -1,4 +1,4 @@
-"""The latent: the encoder's diagonal Gaussian posterior, and the normalisation that generators see."""
+"""The latent: the encoder's diagonal Gaussian posterior, and its normalisation for generators with `z_stats.json`."""
 
 from __future__ import annotations
 

@@ -34,8 +34,7 @@ class SSDD(nn.Module):
 
     encoder: "f8c4" (stride 8, 4 channels), f4..f64 with any channel count, or {"name": "f8c4", "width": 64}; "sdvae" or
         {"name": "diffusers", "path": FOLDER} for a frozen AutoencoderKL (see `ssdd.model.foreign_encoders`); or a
-            frozen module.
-        Frozen encoders from elsewhere are neither parameters of the tokenizer nor part of its files.
+        frozen module. Frozen encoders from elsewhere are neither parameters of the tokenizer nor part of its files.
     decoder: a size of the families in `ssdd.model.decoder_families`, or a mapping (see `parse_decoder` there); "kl" or
         {"size": "kl", "width": 128} is the deterministic decoder of a KL-VAE, as a baseline.
     checkpoint: run name, `run@best`, folder or weights file with both networks; `encoder_checkpoint` the same, or a
@@ -67,9 +66,8 @@ class SSDD(nn.Module):
             "fm_sampler": {"steps": 8, "t_pow_shift": 2.0} | dict(fm_sampler or {}),
         }
         self.f, self.z_dim = network.f, network.z_dim
-        self._borrowed: tuple[
-            nn.Module, ...
-        ] = ()  # in a tuple it is not a submodule: files and optimizers leave it out
+        # In a tuple an encoder is not a submodule: files and optimizers leave it out.
+        self._borrowed: tuple[nn.Module, ...] = ()
         if isinstance(network, Encoder):
             self.encoder = network  # a submodule
             if encoder_train:
@@ -175,7 +173,8 @@ class SSDD(nn.Module):
             y = torch.cat([self._decode_deterministic(part, height, width) for part in z.split(self._rows or len(z))])
             return y.clamp(-1, 1) if x0_clamp else y
         if self.most_steps is not None and steps > self.most_steps:
-            raise UserError(f"{steps} steps: decoder {self.config['decoder']} takes {self.most_steps}")
+            decoder = self.config["decoder"]
+            raise UserError(f"{steps} steps: decoder {decoder} takes {self.most_steps}; set steps={self.most_steps}")
         if noise is None:
             device = generator.device if generator is not None else z.device
             noise = torch.randn(z.shape[0], 3, height, width, generator=generator, device=device)
@@ -219,7 +218,7 @@ class SSDD(nn.Module):
         return blend(tiles, lambda tile: self.decoder(self._latent_of(z, tile)), like, self._progress)
 
     def _tiles(self, height: int, width: int) -> list[Tile]:
-        """None where an image of this size is decoded whole."""
+        """Empty where an image of this size is decoded whole."""
         if self._tiling is None or max(height, width) <= self._tiling[0]:
             return []
         tile, overlap = self._tiling

@@ -16,6 +16,7 @@ from ssdd.engine.processes import gradients_kept
 from ssdd.engine.throughput import count_forward_flop
 from ssdd.losses.objective import weighted_sum
 from ssdd.tasks.adversary_training import AdversaryTraining
+from ssdd.tasks.build import build_tokenizer
 from ssdd.tasks.training_images import TrainingImages
 
 
@@ -49,11 +50,11 @@ def dry_run(
         adversary.apply(cfg.training.lr)
         update_averages(averages, averaged_weights(update.optimizer, parameters))
 
-    with torch.compiler.set_stance("force_eager"):
-        x = batch.x[:1]
-        z = network.encode(x).mode().detach()
-        encoding = count_forward_flop(lambda: network.encode(x).mode())
-        decoding = count_forward_flop(lambda: network.decode(z, steps=1))
+    whole = build_tokenizer(cfg)  # the trained one may be compiled or sharded
+    x = torch.zeros(1, 3, cfg.dataset.im_size, cfg.dataset.im_size)
+    z = torch.zeros(1, whole.z_dim, *(side // whole.f for side in x.shape[2:]))
+    encoding = count_forward_flop(lambda: whole.encode(x).mode())
+    decoding = count_forward_flop(lambda: whole.decode(z, steps=1))
     result = {
         "parameters": {
             "encoder": sum(p.numel() for p in network.encoder.parameters()),

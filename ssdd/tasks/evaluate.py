@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,13 +28,12 @@ from ssdd.engine.provenance import measured_by
 from ssdd.engine.random import indexed_noise
 from ssdd.engine.run import RunDirectory
 from ssdd.fidelity.baselines import PixelPCA, slight_blur
-from ssdd.fidelity.compare import IMAGES_A_DIMENSION, compare, paired_differences
 from ssdd.fidelity.features import automatic_without_weights, load_networks
-from ssdd.fidelity.measure import SetStatistics, observe
+from ssdd.fidelity.measure import SetStatistics, default_cache, measure_once, observe
 from ssdd.fidelity.moments import Statistics
 from ssdd.fidelity.pixel_metrics import PIXEL_METRICS
-from ssdd.fidelity.split_images import SplitImages
-from ssdd.fidelity.statistics import default_cache, measure_once
+from ssdd.fidelity.set_metrics import IMAGES_A_DIMENSION, compare, paired_differences
+from ssdd.fidelity.stored_sets import SplitImages
 from ssdd.images.batches import read_split
 from ssdd.images.pixels import from_uint8, grid, to_uint8
 from ssdd.losses import perceptual
@@ -64,6 +64,11 @@ class Evaluator:
         if self.left_out and processes.is_main:
             log.warning("skipped (weights not found): %s", ", ".join(self.left_out))
 
+    @cached_property
+    def _of_originals(self) -> dict[str, Statistics]:
+        """Network name -> statistics of the validation images; measured by all processes with their first use."""
+        return measure_once(self.held_out, self.networks, self.processes, default_cache())
+
     @torch.no_grad()
     def run(self, rows: Sequence[Row], baselines: bool = False, reals: bool = False) -> dict[str, Any]:
         """Reconstruct the validation images with every row and score them; all processes together.
@@ -75,13 +80,13 @@ class Evaluator:
         Frechet distances are to the originals (rFID); with `reals`, KID, precision and recall are to as many training
         images, and the floor has what the originals themselves score against those.
         """
-        cache, decoded, seconds = default_cache(), 0, defaultdict(float)
+        decoded, seconds = 0, defaultdict(float)
         values: dict[str, list[tuple[Tensor, dict[str, Tensor]]]] = defaultdict(list)
         pictures: dict[str, Tensor] = {}
-        real = {ORIGINALS: measure_once(self.held_out, self.networks, self.processes, cache)}
+        real = {ORIGINALS: self._of_originals}
         if reals:
             training = SplitImages(replace(self.cfg.dataset, limit=len(self.dataset)), "train")
-            real[REALS] = measure_once(training, self.networks, self.processes, cache)
+            real[REALS] = measure_once(training, self.networks, self.processes, default_cache())
         pca = self._pca(rows[0].tokenizer) if baselines else None
         names = [row.name for row in rows] + ([] if pca is None else [f"PCA-{pca.pca.n_components_}", "blur"])
         sets = {name: SetStatistics(self.networks) for name in names}

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ssdd.config import SSDDConfig
 from ssdd.engine import checkpoint
@@ -30,8 +29,9 @@ from ssdd.engine.running_means import RunningMeans
 from ssdd.engine.sharding import shard, sharded_blocks
 from ssdd.engine.state import Auxiliary, Average, OptimizerState, TrainingState, Weights
 from ssdd.engine.throughput import Throughput
-from ssdd.engine.training_checks import FirstBadStep
+from ssdd.engine.training_checks import FirstBadStep, check_training
 from ssdd.losses.objective import weighted_sum
+from ssdd.losses.repa import trained_heads
 from ssdd.model.tokenizer import SSDD
 from ssdd.tasks.adversary_training import AdversaryTraining
 from ssdd.tasks.build import build_discriminator, build_objective, build_tokenizer, flop_per_image
@@ -50,10 +50,9 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     device, world = processes.device, processes.world
     precision = Precision.resolve(training.mixed_precision, device)
     choose_kernels(cfg.deterministic)
+    check(cfg)
     directory, images = RunDirectory(cfg.ckpt_dir, cfg.run_name), TrainingImages(cfg, processes)
-    steps = images.steps
-    check(cfg, steps)
-    identity = identity_of(cfg, images)
+    steps, identity = images.steps, identity_of(cfg, images)
     if result := processes.agree(lambda: directory.finished(cfg, identity)):
         return result
 
@@ -65,7 +64,8 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     monitor = ReconstructionMonitor(cfg, network, processes, precision)
     if training.fsdp:
         shard(objective, sharded_blocks(network), device, world)
-    parameters, heads = trainable(network, objective)
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    heads = trained_heads(getattr(objective, "repa", None))
     groups = parameter_groups(parameters | heads, objective, training.weight_decay)
     optimizer = build_optimizer(training.optimizer, groups, training.lr, training.betas)
     scaler = precision.loss_scaler()
@@ -135,7 +135,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
             bad.end(done)
             progress.advance()
 
-            # Log: the only place besides checkpoints and evaluations that waits for the device.
+            # Log: the only place besides evaluations and checkpoints that waits for the device.
             stopping, ended = stop.agreed(), done == steps
             evaluating = monitor.evaluates(done, images.epoch_steps, ended)
             logging = done == 1 or done % training.log_freq == 0 or ended
@@ -147,7 +147,7 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
                 counts = {"lr": lr, "images": done * images.batch_size}
                 progress.metrics(done, state.metrics | counts | throughput.line(done))
 
-            # Evaluate and draw the averaged weights; the best ones are kept.
+            # Evaluate what the averaged weights make, and draw it; the best ones are kept.
             names: list[str] = []
             if monitor.due(done, evaluating):
                 with throughput.paused():
@@ -171,33 +171,18 @@ def run(cfg: SSDDConfig) -> dict[str, Any]:
     return result
 
 
-def check(cfg: SSDDConfig, steps: int) -> None:
+def check(cfg: SSDDConfig) -> None:
     """UserError for numbers that no run can work with."""
     training = cfg.training
-    least = {"log_freq": training.log_freq, "save_every": training.save_every}
-    least |= {"epochs": training.epochs} if training.steps is None else {"steps": steps}
-    least = {f"training.{key}": value for key, value in least.items()}
-    for key, value in (least | {"ssdd.fm_sampler.steps": cfg.ssdd.fm_sampler.steps}).items():
-        if value < 1:
-            raise UserError(f"{key}={value} must be at least 1")
-    if training.grad_clip < 0:
-        raise UserError(f"training.grad_clip={training.grad_clip} must not be negative; 0 disables clipping")
-    if training.fsdp and training.compile:
-        raise UserError("training.fsdp=true does not support compiled networks yet: set training.compile=false")
-
-
-def trainable(network: SSDD, objective: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """What the optimizer trains, by name: the network's own parameters, and those of losses, such as REPA's heads."""
-    repa = getattr(objective, "repa", None)
-    heads = {} if repa is None else dict(repa.named_parameters(prefix="repa_loss"))
-    parameters = dict(network.named_parameters())
-    return tuple({name: p for name, p in group.items() if p.requires_grad} for group in (parameters, heads))
+    check_training(training, {"epochs": training.epochs} if training.steps is None else {"steps": training.steps})
+    if cfg.ssdd.fm_sampler.steps < 1:
+        raise UserError(f"ssdd.fm_sampler.steps={cfg.ssdd.fm_sampler.steps} must be at least 1")
 
 
 def identity_of(cfg: SSDDConfig, images: TrainingImages) -> dict[str, Any]:
     """What must not change while a run goes on, as far as it is known before the networks are built."""
     identity = {"data": images.dataset.source.fingerprint(), "batch_size": images.batch_size, "seed": cfg.seed}
-    identity |= {"optimizer": cfg.training.optimizer, "objective": cfg.objective}
+    identity |= {"optimizer": cfg.training.optimizer, "objective": cfg.objective, "teacher": None}
     if cfg.distill_teacher and cfg.ssdd.checkpoint is not None:
         teacher = sha256_file(checkpoint.resolve(cfg.ssdd.checkpoint, cfg.ckpt_dir))
         identity |= {"teacher": teacher, "sampler": vars(cfg.ssdd.fm_sampler), "distill": vars(cfg.distill)}
@@ -207,7 +192,7 @@ def identity_of(cfg: SSDDConfig, images: TrainingImages) -> dict[str, Any]:
 def identity_of_networks(cfg: SSDDConfig, network: SSDD, terms: list[str], averages: list[str]) -> dict[str, Any]:
     """The rest of it; terms: names of the losses; averages: files of the moving averages."""
     identity = {"encoder": network.config["encoder"], "decoder": network.config["decoder"], "terms": terms}
-    identity |= {"averages": averages} if len(averages) > 1 else {}  # runs with one do not record it
+    identity["averages"] = averages if len(averages) > 1 else None  # runs from before there were several record none
     return identity | ({"teacher_encoder": network.encoder_fingerprint()} if cfg.distill_teacher else {})
 
 

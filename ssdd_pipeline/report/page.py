@@ -166,8 +166,8 @@ def stage_row(stage: Stage, record: dict[str, Any]) -> StageRow:
 
 def precision_of(stage: Stage) -> str:
     """The recorded precision of a finished stage, such as "auto: bf16, AVX512-BF16"."""
-    told = read_json(stage.outputs[-1])
-    return told.get("precision", told.get("encoding", {}).get("precision", {})).get("why", NOT_RECORDED)
+    result = read_json(stage.outputs[-1])
+    return result.get("precision", result.get("encoding", {}).get("precision", {})).get("why", NOT_RECORDED)
 
 
 def precisions(rows: Sequence[StageRow]) -> str:

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from ssdd.engine.png import png_bytes
-from ssdd.images.pixels import grid
+from ssdd.images.pixels import PEAK, grid
 from ssdd_pipeline.report.results import FinishedEvaluation
 
 GAP = 2  # white pixels between images, as grid() writes them
 LARGEST = 80  # side of a thumbnail; smaller images are shown pixel for pixel
 DECODERS, CLASSES = 4, 20  # shown at most
-LIMITS = (16, 32, 64, 128, 255)
+LIMITS = (16, 32, 64, 128, PEAK)
 ORIGINALS = "originals"
 BLUE, RED = np.array([33, 102, 172]), np.array([178, 24, 43])  # darker, brighter; white means no difference
 
@@ -112,7 +112,7 @@ def difference(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def coloured(differences: np.ndarray, limit: int) -> np.ndarray:
     """White at 0, blue where darker, red where brighter, full at `limit`: uint8 [n, h, w, 3]."""
     part = np.clip(differences / limit, -1, 1)[..., None]
-    return (255 + np.abs(part) * (np.where(part < 0, BLUE, RED) - 255)).round().astype(np.uint8)
+    return (PEAK + np.abs(part) * (np.where(part < 0, BLUE, RED) - PEAK)).round().astype(np.uint8)
 
 
 def _gallery(cards: Sequence[tuple[str, dict[str, np.ndarray], str]]) -> Gallery:

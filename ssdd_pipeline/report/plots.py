@@ -120,7 +120,7 @@ def quality_plots(evaluation: FinishedEvaluation, network: str, name: str) -> li
     key = "kid" if has_kid else "frechet"
     floor = evaluation.result["floor"].get(network, {}).get(key) if has_kid or evaluation.generates else None
     whose = "generated images" if evaluation.generates else "reconstructions"
-    told = f"features {short(network)}"
+    features = f"features {short(network)}"
     intervals = " with 95 % intervals" if has_kid else ""
     label = f"{'g' if evaluation.generates else 'r'}{distance}"
 
@@ -135,11 +135,11 @@ def quality_plots(evaluation: FinishedEvaluation, network: str, name: str) -> li
     plots = []
     steps = sorted({row["steps"] for row in rows})
     if len(steps) > 1:
-        caption = f"{distance} of {whose} against decoder steps{intervals}, {told}."
+        caption = f"{distance} of {whose} against decoder steps{intervals}, {features}."
         across = curves(lambda row: row["steps"])
         plots.append(draw(f"{name}-steps", caption, across, "decoder steps", label, floor, xscale="log", ticks=steps))
     if len(rows) > 1 and all(row.get("images_per_s") for row in rows):
-        caption = f"{distance} of {whose} against decoding time{intervals}, {told}."
+        caption = f"{distance} of {whose} against decoding time{intervals}, {features}."
         across = curves(lambda row: 1000 / row["images_per_s"])
         plots.append(draw(f"{name}-time", caption, across, "decoding time, ms per image", label, floor, xscale="log"))
     return plots
@@ -176,8 +176,8 @@ def sweep_plots(evaluation: FinishedEvaluation, network: str, name: str) -> list
             own = sorted((line for line in lines if line[other] == value), key=lambda line: line[x])
             for place, decoder in enumerate(decoders):
                 points = [(line[x], *_values(line["distances"][decoder][network], "frechet")) for line in own]
-                told = f"{decoder}, {'guidance' if other == 'cfg_scale' else 'steps'} {value:g}"
-                curves.append(Curve(told, points, place, MARKERS[i % len(MARKERS)]))
+                title = f"{decoder}, {'guidance' if other == 'cfg_scale' else 'steps'} {value:g}"
+                curves.append(Curve(title, points, place, MARKERS[i % len(MARKERS)]))
         distance = f"g{distance_name(network)}"
         caption = f"{distance} of {lines[0]['n']} samples per point against {label}, features {short(network)}."
         plots.append(draw(f"{name}-sweep-{x}", caption, curves, label, distance))

@@ -13,6 +13,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json, sha256_file
 from ssdd.engine.pretrained import TIMM_PREFIX
 from ssdd.fidelity.features import LITE0, TIMM_ALIASES
+from ssdd.images.pixels import ROUNDING
 from ssdd.losses.image_losses import pretrained_networks
 
 TASKS = {"eval": "Reconstruction", "evaluate": "Generation"}
@@ -143,8 +144,8 @@ def provenance(evaluation: FinishedEvaluation) -> list[tuple[str, list[str]]]:
     }
     if "data" in result:
         source = config.get("dataset", {})
-        told = f"{source['source']}, {source['im_size']} px, " if source else ""
-        facts["data set"] = f"{told}fingerprint {result['data']}, crop {result['crop']}"
+        images = f"{source['source']}, {source['im_size']} px, " if source else ""
+        facts["data set"] = f"{images}fingerprint {result['data']}, crop {result['crop']}"
     if reference:
         facts["reference"] = described(reference)
     if result.get("held_out"):
@@ -157,9 +158,10 @@ def provenance(evaluation: FinishedEvaluation) -> list[tuple[str, list[str]]]:
             f"{model.get('name', 'unknown')} ({samples.get('checkpoint')}), weights sha256 {samples.get('weights')}"
         )
         keys = ("sampler", "steps", "cfg_scale", "cfg_interval", "cfg_channels", "guide", "shift", "mixed_precision")
-        told = {key: samples[key] for key in keys if samples.get(key) is not None}
-        facts["sampling"] = ", ".join(f"{key} {value}" for key, value in told.items())
-        facts["latents"] = f"{samples.get('n')} of shape {samples.get('latent_shape')}, sha256 {latents_of(samples)}"
+        options = {key: samples[key] for key in keys if samples.get(key) is not None}
+        facts["sampling"] = ", ".join(f"{key} {value}" for key, value in options.items())
+        checksum = samples.get("latents_sha256", NOT_RECORDED)
+        facts["latents"] = f"{samples.get('n')} of shape {samples.get('latent_shape')}, sha256 {checksum}"
     facts["seed"] = samples.get("seed", config.get("seed", NOT_RECORDED))
     facts["decoders"] = [decoder_line(evaluation, name) for name in evaluation.decoders]
     details = result.get("networks", {})
@@ -174,7 +176,7 @@ def provenance(evaluation: FinishedEvaluation) -> list[tuple[str, list[str]]]:
     ]
     resamples = config.get("evaluation", {}).get("resamples")
     facts["intervals"] = f"95 % bootstrap over images{f', {resamples} resamples' if resamples else ''}, decoders paired"
-    facts["rounding"] = result.get("rounding", "clamp to [-1, 1], scale to 0..255, round")
+    facts["rounding"] = result.get("rounding", ROUNDING)
     facts["peak memory"] = f"{result['peak_memory_bytes'] / 2**30:.2f} GiB" if "peak_memory_bytes" in result else ""
     facts["skipped images"] = result.get("skipped") or "none"
     facts["skipped (weights not found)"] = result.get("left_out") or "nothing"
@@ -191,13 +193,9 @@ def described(images: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in images.items() if value is not None)
 
 
-def latents_of(samples: Mapping[str, Any]) -> str:
-    return samples.get("latents_sha256", NOT_RECORDED)
-
-
 def decoder_line(evaluation: FinishedEvaluation, name: str) -> str:
     """Checkpoint, steps and checksum of a decoder."""
     steps = next(row["steps"] for row in evaluation.result["rows"] if row["name"] == name)
-    told = evaluation.result.get("decoders", {}).get(name, {})
-    checksum = f", weights sha256 {told['weights']}" if told.get("weights") else ""
-    return f"{name}: checkpoint {told.get('reference', NOT_RECORDED)}, {steps} step{'s' * (steps > 1)}{checksum}"
+    recorded = evaluation.result.get("decoders", {}).get(name, {})
+    checksum = f", weights sha256 {recorded['weights']}" if recorded.get("weights") else ""
+    return f"{name}: checkpoint {recorded.get('reference', NOT_RECORDED)}, {steps} step{'s' * (steps > 1)}{checksum}"

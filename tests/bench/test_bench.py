@@ -250,7 +250,7 @@ def test_a_wrong_setting_is_one_line_of_error(argv, told, capsys):
 
 @pytest.mark.slow
 def test_compiled_networks_compute_what_eager_ones_do():
-    job = bench_tokenizer_job.Job("SSDD-XXS", True, "decode", "f8c4", 16, "float32", True, 1, 1)
+    job = bench_tokenizer_job.TokenizerJob("SSDD-XXS", True, "decode", "f8c4", 16, "float32", True, 1, 1)
     compiled = bench_tokenizer_job.inference(job, CPU).stages["decode"]()
     eager = bench_tokenizer_job.inference(replace(job, compile=False), CPU).stages["decode"]()
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)

@@ -25,7 +25,7 @@ from ssdd.engine.random import indexed_noise
 from ssdd.fidelity.frechet import frechet_distance
 from ssdd.fidelity.judge import SmallClassifier
 from ssdd.fidelity.kid import kernel_distance
-from ssdd.fidelity.statistics import load_statistics
+from ssdd.fidelity.measure import load_statistics
 from tests.kills import Command, later_and_later
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ from latent_cache.write.build import build
 from ssdd.engine.checkpoint import load_tensors, save_tensors
 from ssdd.engine.ema import EmaConfig
 from ssdd.engine.errors import UserError
-from ssdd.fidelity.statistics import default_cache
+from ssdd.fidelity.measure import default_cache
 from ssdd.images.sources import DatasetConfig
 from ssdd.model.tokenizer import SSDD
 from tests.dit.test_train import command, folder, in_step, metrics, weights

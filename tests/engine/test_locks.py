@@ -112,7 +112,7 @@ def test_who_waits_for_a_lock_is_told_and_gets_it(file, caplog):
         try:
             with Lock(file) as lock:
                 lock.claim("another test")
-                assert f"another test works in {file}: waiting until it ends" in caplog.text
+                assert f"another test holds the lock on {file}: waiting until it ends" in caplog.text
         finally:
             os.kill(child, signal.SIGKILL)
 

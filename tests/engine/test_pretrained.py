@@ -1,3 +1,7 @@
+"""Weights of external networks are found where they are looked for, verified, and read without running code."""
+
+from __future__ import annotations
+
 import os
 from dataclasses import replace
 

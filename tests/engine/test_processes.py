@@ -18,16 +18,17 @@ ROOT = Path(__file__).resolve().parents[2]
 BEST = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 IN_EACH = """
-import json, sys
+import json
 import torch
 from ssdd.engine.errors import UserError
+from ssdd.engine.interrupt import StopRequest
 from ssdd.engine.processes import PATIENCE, Processes, gradients_kept
 
 processes = Processes.join("cpu")
 assert Processes.join("cpu").agree(lambda: 5) == 5
 rank = processes.rank
-group = processes.group or torch.distributed.group.WORLD
-assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+for group in (processes.group or torch.distributed.group.WORLD, StopRequest()._group):
+    assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
 result = {"rank": rank, "world": processes.world}
 result["gathered"] = processes.gather(torch.tensor([[rank, 1]])).tolist()
 result["uneven"] = processes.gather(torch.full((2 * rank, 1), rank)).tolist()
@@ -43,13 +44,6 @@ try:
     processes.agree(refuse)
 except UserError as error:
     result["refused"] = str(error)
-
-order = sys.argv[1] + "/order"
-with processes.main_first():
-    with open(order, "a") as file:
-        file.write(str(rank))
-processes.wait()
-result["order"] = open(order).read()
 
 weight = torch.nn.Linear(1, 1, bias=False)
 torch.nn.init.ones_(weight.weight)
@@ -77,7 +71,7 @@ def test_alone_there_is_nothing_to_wait_for_and_everything_is_ones_own(monkeypat
     assert alone.gather(rows) is rows and alone.mean(rows) is rows and alone.sum(rows) is rows
     assert alone.data_parallel(module) is module
     assert alone.gather_objects("a") == ["a"] and alone.agree(lambda: 3) == 3
-    with alone.main_first(), gradients_kept(module, True):
+    with gradients_kept(module, True):
         alone.wait()
     with pytest.raises(UserError, match="^not here$"):
         alone.agree(_refuse)
@@ -107,7 +101,7 @@ def test_two_processes_agree_exchange_and_average(tmp_path):
     program.write_text(IN_EACH)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, program, tmp_path], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*launcher, program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     shared = {
@@ -119,7 +113,6 @@ def test_two_processes_agree_exchange_and_average(tmp_path):
         "mean": 0.5,
         "agreed": 7,
         "refused": "not like this",
-        "order": "01",
     }
     assert shared.items() <= first.items() and shared.items() <= second.items()
     assert (first["rank"], first["kept"], second["rank"], second["kept"]) == (0, 0.0, 1, 1.0)

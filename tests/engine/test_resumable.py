@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -29,6 +31,21 @@ def test_work_that_is_begun_again_is_kept_and_other_work_is_deleted(tmp_path):
     assert record.begin(work.parent)["seconds"] == 2 and work.exists()
     assert WorkRecord(record.path, {"request": 2}).begin(work.parent) == {"request": 2} == read_json(record.path)
     assert not work.parent.exists()
+
+
+def test_work_whose_deletion_was_interrupted_is_deleted_whoever_asks_next(tmp_path, monkeypatch):
+    old, new = (WorkRecord(tmp_path / "record.json", {"request": number}) for number in (1, 2))
+    old.begin()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "half").touch()
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        new.begin(tmp_path / "work")
+    assert old.begin(tmp_path / "work") == {"request": 1} and not (tmp_path / "work").exists()
 
 
 def test_a_damaged_record_is_an_error_and_nothing_is_deleted(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -62,3 +64,29 @@ def test_half_a_line_of_a_killed_process_harms_neither_reading_nor_appending(tmp
 def test_a_name_that_cannot_be_a_folder_or_a_reference_is_refused(tmp_path, name):
     with pytest.raises(UserError, match="run_name"):
         RunDirectory(tmp_path, name)
+
+
+def test_a_run_is_claimed_by_one_program_at_a_time(tmp_path, caplog):
+    entered, leave, order = threading.Event(), threading.Event(), []
+
+    def train(name: str) -> None:
+        with RunDirectory(tmp_path, "run").claimed(is_main=True):
+            order.append(name)
+            entered.set()
+            leave.wait(60)
+            order.append(name)
+
+    first, second = (threading.Thread(target=train, args=[name]) for name in ("first", "second"))
+    first.start()
+    assert entered.wait(60)
+    second.start()
+    deadline = time.monotonic() + 60
+    while "another training holds the lock" not in caplog.text:
+        assert time.monotonic() < deadline, caplog.text
+        time.sleep(0.01)
+    with RunDirectory(tmp_path, "run").claimed(is_main=False), RunDirectory(tmp_path, "other").claimed(is_main=True):
+        assert order == ["first"]  # other ranks and other runs don't wait
+    leave.set()
+    first.join(60)
+    second.join(60)
+    assert order == ["first", "first", "second", "second"]

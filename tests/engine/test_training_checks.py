@@ -11,7 +11,8 @@ import torch
 from ssdd.engine.devices import choose_kernels, peak_memory
 from ssdd.engine.errors import UserError
 from ssdd.engine.processes import Processes
-from ssdd.engine.training_checks import FirstBadStep, check_identity, rows_a_process
+from ssdd.engine.training_checks import FirstBadStep, check_identity, check_training, rows_a_process
+from ssdd.engine.training_keys import TrainingKeys
 
 LAST = Path("runs/jobs/a/checkpoints/last")
 
@@ -25,6 +26,22 @@ class WithOthers(Processes):
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.cat([rows, self.others])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"save_every": 0}, "training.save_every=0 must be at least 1"),
+        ({"grad_clip": -0.5}, "training.grad_clip=-0.5 must not be negative; 0 disables"),
+        ({"fsdp": True, "compile": True}, "set training.compile=false"),
+    ],
+)
+def test_keys_that_no_training_can_work_with_are_refused(changes, message):
+    check_training(TrainingKeys(grad_clip=0.0, fsdp=True), {"steps": 1})
+    with pytest.raises(UserError, match=message):
+        check_training(TrainingKeys(**changes), {"steps": 1})
+    with pytest.raises(UserError, match="training.epochs=0 must be at least 1"):
+        check_training(TrainingKeys(), {"epochs": 0})
 
 
 @pytest.mark.parametrize(

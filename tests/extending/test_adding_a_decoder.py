@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.tokenizer import Settings
+from bench.tokenizer import TokenizerSettings
 from ssdd import SSDD
 from ssdd.config import SSDDConfig
 from ssdd.engine.cli import parse
@@ -74,7 +74,7 @@ def config(tmp_path, monkeypatch):
 
 
 def test_the_help_lists_it_and_a_name_near_it_is_an_error_that_says_so(config):
-    for schema, key in ((SSDDConfig, "ssdd.decoder  ("), (Settings, "decoder  (")):
+    for schema, key in ((SSDDConfig, "ssdd.decoder  ("), (TokenizerSettings, "decoder  (")):
         entry = " ".join(help_text(schema, "program", "").split(key)[1].split(";")[0].split())
         assert entry.endswith("P-S | P-L")
     with pytest.raises(UserError, match="did you mean P-S"):

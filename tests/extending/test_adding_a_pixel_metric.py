@@ -26,7 +26,8 @@ def shades(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
 def test_a_new_pixel_metric_is_found_everywhere(monkeypatch, tokenizer, tmp_path):
     entry = PixelMetric(shades, "shade", 1, "↑", pool=lambda means: (means[0] / means[1]).item())
     monkeypatch.setitem(PIXEL_METRICS, "shade_ratio", entry)
-    assert "shade_ratio" in help_text(SSDDConfig, "ssdd", "")
+    keys = " ".join(help_text(SSDDConfig, "ssdd", "").split())
+    assert keys.count("| shade_ratio |") == 2  # of training.save_on_best and evaluation.metrics
     argv = [*ARGUMENTS, "evaluation.metrics=[shade_ratio]", "training.save_on_best=shade_ratio", f"ckpt_dir={tmp_path}"]
     cfg = parse(SSDDConfig, argv, program="ssdd", description="")
     evaluator = Evaluator(cfg, Processes(0, 1, torch.device("cpu")), Precision.float32("cpu"))

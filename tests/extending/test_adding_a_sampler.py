@@ -53,18 +53,12 @@ def test_it_is_in_the_help_and_a_choice_of_the_config(added, capsys):
 
 def test_task_sample_draws_with_it_and_its_result_names_it(added, model, tmp_path: Path):
     weights = model.save_pretrained(tmp_path / "weights")
-    arguments = ["task=sample", f"sampling.checkpoint={weights}", "sampling.n=3", "sampling.steps=2"]
-    arguments += [
-        "sampling.sampler=jitter",
-        "sampling.sde_scale=0.5",
-        "sampling.cfg_scale=1",
-        f"out={tmp_path / 'set'}",
-    ]
+    arguments = ["task=sample", f"sampling.checkpoint={weights}", f"out={tmp_path / 'set'}", "sampling.n=3"]
+    arguments += ["sampling.steps=2", "sampling.sampler=jitter", "sampling.sde_scale=0.5", "sampling.cfg_scale=1"]
     assert main([*arguments, "sampling.mixed_precision=no"]) == 0
     assert json.loads((tmp_path / "set" / "sample_set.json").read_text())["sampler"] == "jitter"
-    start, *noise = (
-        indexed_noise(range(3), (2, 2, 2), 0, f"dit.{name}") for name in ("sample", "jitter.0", "jitter.1")
-    )
+    streams = ("sample", "jitter.0", "jitter.1")
+    start, *noise = (indexed_noise(range(3), (2, 2, 2), 0, f"dit.{stream}") for stream in streams)
     with torch.no_grad():
         velocity = guided_velocity(model, sample_labels(range(3), 3, 0))
         expected = jitter(velocity, start, [1.0, 0.5, 0.0], noise=iter(noise), size=0.5)

@@ -35,7 +35,7 @@ def way(monkeypatch) -> None:
 
 
 def test_a_new_set_metric_is_in_the_help_and_in_an_evaluation_and_its_report(tokenizer, tmp_path):
-    assert "way" in help_text(SSDDConfig, "ssdd", "")
+    assert "| way; default" in " ".join(help_text(SSDDConfig, "ssdd", "").split())
     argv = [*ARGUMENTS, f"evaluation.features=[{NETWORK}]", "evaluation.metrics=[way]", "dataset.limit=8"]
     cfg = parse(SSDDConfig, argv, program="ssdd", description="")
     evaluator = Evaluator(cfg, Processes(0, 1, torch.device("cpu")), Precision.float32("cpu"))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ssdd.engine.processes import Processes
-from ssdd.fidelity import compare as compare_module
+from ssdd.fidelity import set_metrics as metrics_module
 from ssdd.fidelity.command import decide, main
 from ssdd.fidelity.features import load_features
 from ssdd.fidelity.kid import KernelEstimate
@@ -101,6 +101,6 @@ def test_every_metric_through_the_network_agrees_for_any_batch_size(folders):
             name: SetToMeasure(folders / name, 32).statistics([network], ALONE, batch_size=batch_size)[network.name]
             for name in ("inverted", "real")
         }
-        rows.append(compare_module.compare(sets, ["inverted"], "real", "real", resamples=10, seed=0)[0]["inverted"])
+        rows.append(metrics_module.compare(sets, ["inverted"], "real", "real", resamples=10, seed=0)[0]["inverted"])
     assert len(rows[0]) == 9
     assert rows[1] == pytest.approx(rows[0], rel=1e-4) and rows[2] == pytest.approx(rows[0], rel=1e-4)

@@ -45,6 +45,19 @@ def test_lite0_is_a_trained_imagenet_network(lite0, name, classes):
     assert classes <= set(top) and top[0] in classes
 
 
+def test_figures_are_without_tf32_also_where_a_training_run_measures(monkeypatch):
+    cudnn, seen = torch.backends.cudnn, []
+
+    class Network(torch.nn.Module):
+        def forward(self, images):
+            seen.append(cudnn.allow_tf32)
+            return images.float().mean(dim=(2, 3))
+
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    features.FeatureNetwork("means", 3, "", Network())(noise(2, 8))
+    assert seen == [False] and cudnn.allow_tf32
+
+
 def test_lite0_gives_1280_numbers_an_image_and_says_who_it_is(lite0):
     features = lite0(noise(3, 64))
     assert features.shape == (3, 1280) and features.dtype == torch.float32 and features.std() > 0

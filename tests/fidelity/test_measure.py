@@ -9,13 +9,11 @@ from torch import nn
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import sha256_json
 from ssdd.engine.processes import Processes
-from ssdd.fidelity import statistics as statistics_module
+from ssdd.fidelity import measure as measure_module
 from ssdd.fidelity.features import FeatureNetwork, Outputs
-from ssdd.fidelity.measure import measure
+from ssdd.fidelity.measure import load_statistics, measure, measure_once, provenance_of
 from ssdd.fidelity.set_to_measure import SetToMeasure
-from ssdd.fidelity.split_images import SplitImages
-from ssdd.fidelity.statistics import load_statistics, measure_once, provenance_of
-from ssdd.fidelity.stored_sets import Treatment, open_set
+from ssdd.fidelity.stored_sets import SplitImages, Treatment, open_set
 from ssdd.images.sources import DatasetConfig
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -59,7 +57,7 @@ def test_a_reference_is_measured_once_for_the_same_images_crop_and_weights(tmp_p
     images, network, cache = open_set(tmp_path / "a"), means_network(), tmp_path / "cache"
     first = measured_once(images, network, 4, cache)
     with monkeypatch.context() as nothing_measured:
-        nothing_measured.setattr(statistics_module, "measure", None)
+        nothing_measured.setattr(measure_module, "measure", None)
         again = measured_once(open_set(tmp_path / "a"), network, 7, cache)
     assert same(first, again)
     assert torch.equal(first.features, measure(images.batches(20), [network], ALONE)["inception"].features)
@@ -78,11 +76,12 @@ def test_features_are_kept_of_so_many_images_at_most_and_moments_are_of_all(tmp_
     assert len(measured_once(images, network, 4, tmp_path / "cache", kept=100).features) == 20  # another file
 
 
-def test_a_cache_that_can_not_be_written_to_is_warned_of_and_costs_nothing_else(tmp_path, caplog):
+@pytest.mark.parametrize("name", ["cache", "n" * 300], ids=["a file", "a name too long to look for"])
+def test_a_cache_that_can_not_be_written_to_is_warned_of_and_costs_nothing_else(tmp_path, caplog, name):
     write(tmp_path / "a", 20)
     (tmp_path / "cache").write_text("a file, not a folder")
     images = open_set(tmp_path / "a")
-    assert measured_once(images, means_network(), 4, tmp_path / "cache").count == 20
+    assert measured_once(images, means_network(), 4, tmp_path / name).count == 20
     assert "can't store statistics" in caplog.text
 
 

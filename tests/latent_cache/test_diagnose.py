@@ -17,15 +17,11 @@ from latent_cache.diagnose import stats
 from latent_cache.read.stored_rows import spread
 from ssdd.engine.errors import UserError
 from ssdd.engine.files import read_json
-from tests.latent_cache.synthetic import make_cache
+from tests.latent_cache.synthetic import make_cache, normal
 
 
 def figures(folder, **keys):
     return stats(StatsConfig(str(folder), **keys))
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape)
 
 
 def autoregressive(rho, n, channels, side, seed=0):

@@ -1,4 +1,4 @@
-"""Full and read-only targets, damaged labels, another tokenizer: each is told in one line, and can be mended."""
+"""Full and read-only targets, damaged labels, another tokenizer: each is reported in one line, and can be mended."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_without_shuffling_the_order_is_that_of_the_cache(means, tmp_path):
 def test_after_an_epoch_the_copy_is_a_whole_cache(means, tmp_path):
     stream = StreamingLatents(str(means), cache_dir=tmp_path)
     assert len(list(stream)) == 60
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.part"))
     assert torch.equal(LatentDataset(tmp_path, verify="full").gather([59])[0], LatentDataset(means).gather([59])[0])
     missing = verify(tmp_path)  # only the split that was read is there
     assert missing and all("/val/" in problem for problem in missing)
@@ -233,7 +233,7 @@ def test_a_shard_that_stays_damaged_is_named_by_its_url(means, tmp_path, monkeyp
     stream = StreamingLatents(f"file://{means}", cache_dir=tmp_path)
     with pytest.raises(UserError, match=r"file://.*/train/000002\.tar can't be read, after 4 attempts: .*checksum"):
         list(stream)
-    assert not (tmp_path / "train/000002.tar").exists() and not list(tmp_path.rglob("*.tmp"))
+    assert not (tmp_path / "train/000002.tar").exists() and not list(tmp_path.rglob("*.part"))
 
 
 def test_a_missing_shard_and_a_missing_cache_are_named(means, tmp_path):

@@ -11,7 +11,8 @@ from ssdd.engine.run import RunDirectory
 from ssdd.model.kl_decoder import KLDecoder
 from ssdd.tasks.evaluate import run as evaluate
 from ssdd.tasks.train import run
-from tests.small_tokenizer import random_vae
+from tests.kills import Command
+from tests.small_tokenizer import ARGUMENTS, random_vae
 
 diffusers = pytest.importorskip("diffusers")
 LEARN = ("training.steps=8", "training.optimizer=adamw", "training.lr=3e-3")
@@ -83,6 +84,13 @@ def test_a_dry_run_counts_and_measures_without_writing(config, tmp_path, capsys)
     assert result["hours"] == pytest.approx(100 * result["seconds_a_step"] / 3600)
     assert result["gflop_decode_step"] > result["gflop_encode"] > 0
     assert "GFLOP" in capsys.readouterr().out and not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_measures_sharded_processes(tmp_path):
+    arguments = ["dry_run=true", "training.steps=100", "training.fsdp=true", "ssdd.encoder_train=true"]
+    output = Command("ssdd.main", [*ARGUMENTS, f"ckpt_dir={tmp_path}", "run_name=dry", *arguments], 2).run().output
+    assert "4 images per process and part" in output and "100 steps" in output and not (tmp_path / "jobs").exists()
 
 
 def test_a_dry_run_refuses_what_training_refuses(config):

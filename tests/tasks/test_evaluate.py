@@ -15,7 +15,7 @@ from ssdd.engine.errors import UserError
 from ssdd.engine.precision import Precision
 from ssdd.engine.processes import Processes
 from ssdd.fidelity.features import FeatureNetwork
-from ssdd.model.compared_decoders import Row
+from ssdd.model.compared_decoders import Row, open_rows
 from ssdd.tasks import evaluate as evaluation_task
 from ssdd.tasks.evaluate import Evaluator, run
 from ssdd.tasks.train import run as train
@@ -53,6 +53,15 @@ def test_figures_do_not_depend_on_batch_size_and_equal_decoders_score_equally(tr
     assert large["floor"]["efficientnet_lite0"]["frechet"] > 0 and large["count"] == 32
     pictures = {path.stem for path in (tmp_path / "jobs" / "eval" / "pictures").iterdir()}
     assert pictures == {"originals", "two", "again", "one", "PCA-8", "blur"}
+
+
+def test_the_originals_are_measured_once_however_often_a_run_is_evaluated(trained, monkeypatch):
+    measured, measure_once = [], evaluation_task.measure_once
+    monkeypatch.setattr(evaluation_task, "measure_once", lambda *given: measured.append(1) or measure_once(*given))
+    evaluator = opened(trained("evaluation.features=[efficientnet_lite0]"))
+    rows = open_rows(["one:tokenizer:1"], trained().ckpt_dir, torch.device("cpu"))
+    first, second = (evaluator.run(rows)["rows"][0]["distances"] for _ in range(2))
+    assert len(measured) == 1 and first == second
 
 
 def test_step_counts_of_one_checkpoint_are_rows(trained):

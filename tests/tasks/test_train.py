@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ssdd import SSDD
 from ssdd.engine.errors import UserError
-from ssdd.engine.files import read_json
+from ssdd.engine.files import read_json, write_json
 from ssdd.engine.run import RunDirectory
 from ssdd.losses.perceptual import FeatureDistance
 from ssdd.tasks.train import run
@@ -267,6 +267,8 @@ def test_a_run_keeps_several_averages_which_stay_those_it_began_with(config, tmp
     assert files == {"model_ema.safetensors", "model_ema_0.5.safetensors"}
     with pytest.raises(UserError, match="averages was None, is .*model_ema_0.5"):
         run(config("training.steps=2", averages))
+    with pytest.raises(UserError, match="averages was .*model_ema_0.5.*, is None"):
+        run(config("training.steps=3", "run_name=several"))
 
 
 def test_the_students_file_decodes_in_one_step_and_its_run_belongs_to_its_teacher(config, tmp_path):
@@ -277,6 +279,18 @@ def test_the_students_file_decodes_in_one_step_and_its_run_belongs_to_its_teache
     assert SSDD.from_pretrained("teacher", tmp_path).config["fm_sampler"]["steps"] == 2
     with pytest.raises(UserError, match="sampler was"):
         run(config(*arguments, "ssdd.fm_sampler.steps=3"))
+    with pytest.raises(UserError, match="teacher was .*, is None"):
+        run(config("training.steps=2"))
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_does_not_record_what_later_versions_ask(config, tmp_path):
+    run(config("training.steps=1"))
+    file = RunDirectory(tmp_path, "tokenizer").last / "state.json"
+    state = read_json(file)
+    state["identity"] = {key: value for key, value in state["identity"].items() if value is not None}
+    assert not {"averages", "teacher"} & set(state["identity"])
+    write_json(file, state)
+    assert run(config("training.steps=2"))["steps"] == 2
 
 
 def test_a_loss_is_computed_from_its_start_on_and_logged_over_the_steps_that_had_it(config, tmp_path, monkeypatch):

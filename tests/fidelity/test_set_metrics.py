@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from ssdd.engine.processes import Processes
 from ssdd.fidelity import features as features_module
-from ssdd.fidelity.compare import compare, frechet_floor, paired_differences
 from ssdd.fidelity.features import FeatureNetwork, Outputs, load_networks
 from ssdd.fidelity.frechet import frechet_distance
 from ssdd.fidelity.kid import KernelEstimate, kernel_distance
 from ssdd.fidelity.measure import measure
 from ssdd.fidelity.moments import Statistics
-from ssdd.fidelity.set_metrics import drawn
+from ssdd.fidelity.set_metrics import compare, drawn, frechet_floor, paired_differences
 
 DIM = 3
 ALONE = Processes(0, 1, torch.device("cpu"))
