@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssdd.model.fast_decoder import FAST_SIZES, FastDecoder, FastSize
+from ssdd import SSDD
+from ssdd.engine.checkpoint import save_tensors
+from ssdd.engine.recompute import recompute_activations
+from ssdd.model.fast_decoder import FAST_SIZES, FastDecoder, FastSize, size_of_weights
 from ssdd.model.flow import predict_data
 
 TINY = FastSize(16, 2, (8, 8, 4))
@@ -120,3 +125,69 @@ def test_sizes_are_checked():
         decoder(torch.zeros(1, 3, 24, 32), 1.0, torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match="does not fit 4 channels"):
         decoder(torch.zeros(1, 3, 32, 32), 1.0, torch.zeros(1, 3, 2, 2))
+
+
+# In a tokenizer
+
+
+def tokenizer(**options) -> SSDD:
+    size = {"size": "F-XS", "width": 16, "depth": 2, "thin": [8, 8, 4], **options}
+    model = SSDD({"name": "f8c4", "width": 8}, size)
+    randomised(model.decoder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"trunk": "plain", "statistics": True, "prediction": "x"}])
+def test_a_file_with_or_without_its_configuration_gives_the_same_images(options, tmp_path):
+    model = tokenizer(**options)
+    model.save_pretrained(tmp_path)
+    z, noise = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 16, 24)
+    expected = model.decode(z, 2, noise)
+    assert torch.equal(SSDD.from_pretrained(tmp_path).decode(z, 2, noise), expected)
+    bare = tmp_path / "bare.safetensors"
+    save_tensors(bare, model.state_dict())
+    given = {} if not options else {"decoder": model.config["decoder"]}  # tensors do not say what is predicted
+    assert torch.equal(SSDD.from_pretrained(bare, **given).decode(z, 2, noise), expected)
+
+
+@pytest.mark.parametrize("name", FAST_SIZES)
+def test_the_named_sizes_are_recognised_by_their_tensors(name):
+    with torch.device("meta"):
+        weights = FastDecoder(FAST_SIZES[name], 16, 4).state_dict()
+    assert size_of_weights(weights) == name
+
+
+def test_one_latent_serves_several_noises_and_slices_change_nothing():
+    model = tokenizer()
+    z, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 3, 16, 16)
+    whole = model.decode(z, 2, noise)
+    model.enable_slicing(2)
+    torch.testing.assert_close(model.decode(z, 2, noise), whole, rtol=1e-5, atol=1e-5)
+    condition = model.decoder.condition(z[:1], 16, 16)
+    with torch.no_grad():
+        several = model.decoder.velocity(noise, torch.ones(()), condition)
+        one = model.decoder.velocity(noise[1:2], torch.ones(()), condition)
+    torch.testing.assert_close(several[1:2], one, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_stays_near_float32():
+    model = tokenizer()
+    z, noise = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 32, 32)
+    exact = model.decode(z, 1, noise)
+    half = copy.deepcopy(model).bfloat16().decode(z, 1, noise)
+    assert half.dtype == torch.float32
+    assert (half - exact).abs().mean() < 0.02 * exact.std()
+
+
+def test_gradients_are_those_without_recomputation():
+    model = tokenizer(coarse_depth=1)
+    z, x_t = torch.randn(2, 4, 2, 2), torch.randn(2, 3, 16, 16)
+
+    def gradients() -> list[torch.Tensor]:
+        model.decoder.zero_grad()
+        model.decoder(x_t, 0.5, z).square().sum().backward()
+        return [p.grad.clone() for p in model.decoder.parameters()]
+
+    plain = gradients()
+    recompute_activations(model.decoder)
+    torch.testing.assert_close(gradients(), plain)
