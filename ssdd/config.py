@@ -46,11 +46,12 @@ class TokenizerConfig:
     """The tokenizer."""
 
     encoder: str = "f8c4"
-    """f<stride>c<channels>, with stride 4 to 64; or sdvae, or the folder of a diffusers AutoencoderKL, both frozen."""
+    """f<stride>c<channels>, with stride 4 to 64; or sdvae, or the folder of a diffusers autoencoder, both frozen."""
     encoder_width: int = 128
     """Channels of the encoder's first level; 128 is the published one."""
     decoder: str = field(default="M", metadata={"choices": decoder_names})
-    """Decoder size; kl is the deterministic decoder of a KL-VAE, trained on losses.l1 and the image losses."""
+    """Decoder size; F-XS to F-B are fast convolutional ones; kl is the deterministic decoder of a KL-VAE, trained on
+    losses.l1 and the image losses."""
     checkpoint: str | None = None
     """Weights to start from, or to evaluate: run, run@best, folder or weights file."""
     encoder_checkpoint: str | None = None

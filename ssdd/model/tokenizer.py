@@ -33,7 +33,7 @@ class SSDD(nn.Module):
     """Image tokenizer with a KL encoder and a flow-matching decoder, by default a U-ViT (arXiv 2510.04961).
 
     encoder: "f8c4" (stride 8, 4 channels), f4..f64 with any channel count, or {"name": "f8c4", "width": 64}; "sdvae" or
-        {"name": "diffusers", "path": FOLDER} for a frozen AutoencoderKL (see `ssdd.model.foreign_encoders`); or a
+        {"name": "diffusers", "path": FOLDER} for a frozen autoencoder (see `ssdd.model.foreign_encoders`); or a
         frozen module. Frozen encoders from elsewhere are neither parameters of the tokenizer nor part of its files.
     decoder: a size of the families in `ssdd.model.decoder_families`, or a mapping (see `parse_decoder` there); "kl" or
         {"size": "kl", "width": 128} is the deterministic decoder of a KL-VAE, as a baseline.
