@@ -35,24 +35,22 @@ def dct_error(residual: Tensor) -> Tensor:
     """Weighted mean square of the DCT of a residual [B, 3, H, W] in RGB, float32 scalar; 8 divides H and W.
 
     Taken in YCbCr over blocks of 8x8 pixels, orthonormal. A coefficient's weight is the inverse of its entry in JPEG's
-    table of quality 85, the inverses of a table having mean 1. ValueError for other sides.
+    table of quality 85, the inverses of a table having mean 1. Autocast is off within. ValueError for other sides.
     """
     if residual.shape[-2] % BLOCK or residual.shape[-1] % BLOCK:
         raise ValueError(f"image sides must be multiples of {BLOCK}, got {residual.shape[-2]}x{residual.shape[-1]}")
-    residual = residual.float()
-    ycbcr = torch.einsum("dc,bchw->bdhw", residual.new_tensor(RGB_TO_YCBCR), residual)
-    blocks = rearrange(ycbcr, "b c (h y) (w x) -> b h w c y x", y=BLOCK, x=BLOCK)
-    matrix = dct_matrix().to(residual)
-    return ((matrix @ blocks @ matrix.T).square() * frequency_weights().to(residual)).mean()
+    with torch.autocast(residual.device.type, enabled=False):
+        residual = residual.float()
+        ycbcr = torch.einsum("dc,bchw->bdhw", residual.new_tensor(RGB_TO_YCBCR), residual)
+        blocks = rearrange(ycbcr, "b c (h y) (w x) -> b h w c y x", y=BLOCK, x=BLOCK)
+        matrix = dct_matrix().to(residual)
+        return ((matrix @ blocks @ matrix.T).square() * frequency_weights().to(residual)).mean()
 
 
 def dct_matrix() -> Tensor:
     """The orthonormal DCT-II of 8 values, float64 [frequency, position]."""
-    position, frequency = (
-        torch.arange(BLOCK, dtype=torch.float64) + 0.5,
-        torch.arange(BLOCK, dtype=torch.float64).unsqueeze(1),
-    )
-    matrix = (math.pi / BLOCK * frequency * position).cos() * (2 / BLOCK) ** 0.5
+    index = torch.arange(BLOCK, dtype=torch.float64)
+    matrix = (math.pi / BLOCK * torch.outer(index, index + 0.5)).cos() * (2 / BLOCK) ** 0.5
     matrix[0] *= 0.5**0.5
     return matrix
 

@@ -42,6 +42,13 @@ def test_with_equal_weights_it_would_be_the_squared_error_in_ycbcr(monkeypatch):
     torch.testing.assert_close(dct_error(residual), ycbcr.square().mean())
 
 
+def test_autocast_changes_nothing():
+    residual = torch.randn(2, 3, 16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = dct_error(residual)
+    assert within.dtype == torch.float32 and torch.equal(within, dct_error(residual))
+
+
 def test_low_frequencies_weigh_more():
     weights = frequency_weights()
     torch.testing.assert_close(weights.mean((1, 2)), torch.ones(3, dtype=torch.float64))
