@@ -27,7 +27,8 @@ def fit_linear_base(pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = 1e-4)
     if not cells:
         raise UserError("a linear base needs at least one image")
     squares, products = squares.cpu() / cells, products.cpu() / cells
-    variances = squares.diagonal() - squares[-1] ** 2  # zero for the constant
-    penalty = torch.diag(ridge * variances + 1e-12)
-    solution = torch.linalg.solve(squares + penalty, products).T.float()
-    return solution[:, :-1].contiguous(), solution[:, -1].contiguous()
+    mean_z, mean_x = squares[-1, :-1], products[-1]
+    covariance = squares[:-1, :-1] - torch.outer(mean_z, mean_z)
+    penalty = torch.diag(ridge * covariance.diagonal() + 1e-12)  # a channel without variance gets no weight
+    weight = torch.linalg.solve(covariance + penalty, products[:-1] - torch.outer(mean_z, mean_x)).T
+    return weight.float().contiguous(), (mean_x - weight @ mean_z).float()
