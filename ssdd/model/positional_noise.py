@@ -38,11 +38,11 @@ def positional_noise(
     seed: int, rows: range, columns: range, index: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Noise float32 [3, len(rows), len(columns)] of these pixels of image number `index`; seed below 2^64."""
-    y = torch.arange(rows.start, rows.stop, device=device).view(-1, 1)
-    x = torch.arange(columns.start, columns.stop, device=device).view(1, -1)
+    y = torch.arange(rows.start, rows.stop, rows.step, device=device).view(-1, 1)
+    x = torch.arange(columns.start, columns.stop, columns.step, device=device).view(1, -1)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     words = philox((y, x, zero + index, zero), (seed & LOW, seed >> 32 & LOW))
     unit = [(word.float() + 0.5) * 2**-32 for word in words]  # in (0, 1]
-    radius = [(-2 * u.clamp(max=1 - 2**-24).log()).sqrt() for u in unit[::2]]  # Box and Muller 1958
+    radius = [(-2 * u.log()).sqrt() for u in unit[::2]]  # Box and Muller 1958
     angle = [2 * math.pi * u for u in unit[1::2]]
     return torch.stack([radius[0] * angle[0].cos(), radius[0] * angle[0].sin(), radius[1] * angle[1].cos()])
