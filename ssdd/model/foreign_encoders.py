@@ -1,6 +1,6 @@
 """Frozen networks from elsewhere: autoencoders of diffusers, or an encoder given by the user.
 
-Latents are those that generators trained on such an autoencoder see: shifted, scaled and packed as its config says.
+Latents are those that generators trained on such an autoencoder see: shifted, scaled and packed as its pipeline does.
 """
 
 from __future__ import annotations
@@ -90,7 +90,12 @@ BORDERS: dict[str, Callable[[Any], Border]] = {
     "AutoencoderKLFlux2": _flux2,
     "AutoencoderDC": _dc,
 }
-"""Class of diffusers -> its border. All of them have an encoder, and perhaps a quant_conv after it."""
+"""Class of diffusers -> its border. All have an `encoder`; some a `quant_conv` after it."""
+
+
+def _known_class(network: Any) -> str | None:
+    """The key of `BORDERS` that a network is an instance of, or of a subclass."""
+    return next((kind.__name__ for kind in type(network).__mro__ if kind.__name__ in BORDERS), None)
 
 
 class ForeignEncoder(nn.Module):
@@ -102,9 +107,10 @@ class ForeignEncoder(nn.Module):
 
     def __init__(self, vae: Any):
         super().__init__()
-        kind = type(vae).__name__
-        if kind not in BORDERS:
-            raise UserError(f"latents of diffusers' {kind} are unknown here; known are those of {', '.join(BORDERS)}")
+        if (kind := _known_class(vae)) is None:
+            raise UserError(
+                f"latents of {type(vae).__name__} are unknown here; known are those of {', '.join(BORDERS)}"
+            )
         self.border = BORDERS[kind](vae)
         self.f, self.z_dim = self.border.stride, self.border.channels
         self.encoder, self.quant_conv = vae.encoder, getattr(vae, "quant_conv", None) or nn.Identity()
@@ -137,8 +143,6 @@ class ForeignAutoencoder(nn.Module):
     """
 
     deterministic = True
-    config = {"decoder": "AutoencoderKL", "fm_sampler": None}
-    """As that of a tokenizer, for results."""
 
     def __init__(self, vae: Any):
         super().__init__()
@@ -186,7 +190,7 @@ def load_autoencoder(path: str, role: str) -> Any:
         return AutoModel.from_pretrained(path, subfolder="vae" if pipeline else None)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{role} {path!r}: no {', '.join(BORDERS)} there ({first_line(error)}). Give a folder with "
+            f"{role} {path!r}: none of {', '.join(BORDERS)} there ({first_line(error)}). Give a folder with "
             f"config.json and diffusion_pytorch_model.safetensors, or fetch it with `hf download {path}`"
         ) from None
 
@@ -208,7 +212,7 @@ def adopt(encoder: nn.Module) -> nn.Module:
     Others map images [B, 3, H, W] in [-1, 1] to mean | log variance [B, 2 z_dim, H/f, W/f] and have the integers f and
     z_dim, else UserError.
     """
-    if type(encoder).__name__ in BORDERS:
+    if _known_class(encoder) is not None:
         return ForeignEncoder(encoder)
     if not all(isinstance(getattr(encoder, name, None), int) for name in ("f", "z_dim")):
         raise UserError(f"the encoder module {type(encoder).__name__} must have the integers f (stride) and z_dim")

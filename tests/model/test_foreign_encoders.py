@@ -73,7 +73,7 @@ def test_a_vae_object_or_any_module_with_stride_and_channels_serves(vae_folder, 
 
 def test_what_cannot_be_is_said(vae_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="no AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC there"):
+    with pytest.raises(UserError, match="none of AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC there"):
         SSDD({"name": "diffusers", "path": str(tmp_path / "nothing")}, "XXS")
     with pytest.raises(UserError, match="stays frozen"):
         SSDD({"name": "diffusers", "path": str(vae_folder)}, "XXS", encoder_train=True)
@@ -154,8 +154,17 @@ def test_the_latent_of_dc_ae_is_deterministic_and_scaled(tmp_path):
 
 
 def test_other_classes_of_diffusers_are_refused():
-    with pytest.raises(UserError, match="latents of diffusers' AutoencoderTiny are unknown here"):
+    with pytest.raises(UserError, match="latents of AutoencoderTiny are unknown here"):
         ForeignEncoder(diffusers.AutoencoderTiny())
+
+
+def test_a_subclass_is_taken_for_its_class(vae_folder):
+    class Renamed(diffusers.AutoencoderKL):
+        pass
+
+    vae = diffusers.AutoencoderKL.from_pretrained(vae_folder)
+    expected = SSDD(vae, "XXS").encoder_fingerprint()
+    assert SSDD(Renamed.from_pretrained(vae_folder), "XXS").encoder_fingerprint() == expected
 
 
 def test_latents_of_other_factors_have_another_fingerprint(vae_folder):
