@@ -1,4 +1,4 @@
-"""The fast decoders (F family): convolutions on the grid of the latent, at a twentieth of a KL-VAE decoder's cost.
+"""The fast decoders (F family): convolutions on the grid of the latent, at 1/20 of a KL-VAE decoder's FLOP or less.
 
 A linear map from the latent to pixels gives a base image; the network adds what is missing, given the noisy image, the
 latent and the time. Nearly all of its work is done on the grid at 1/8 of the image, in blocks that look one cell far:
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssdd.engine.errors import UserError
 from ssdd.engine.recompute import run_block
 from ssdd.model.convolution_blocks import BLOCKS, DepthwiseBlock, PlainBlock, ShuffleUp
 from ssdd.model.flow import at_least_float32, expand_time
@@ -52,7 +53,7 @@ class FastSize:
     trunk: str = "depthwise"
     """depthwise or plain: the kind of `ssdd.model.convolution_blocks` that the trunk consists of."""
     prediction: str = "residual"
-    """residual: the formula of this module; x: the image itself, from which v = (x - x_t) / max(t, floor)."""
+    """residual: the formula of this module; x: base + F is the image x, and v = (x - x_t) / max(t, floor)."""
     residual_std: float = 0.5
     """s, the deviation of what the base image lacks."""
     statistics: bool = False
@@ -63,12 +64,14 @@ class FastSize:
         for key, choices in (("trunk", tuple(BLOCKS)), ("prediction", PREDICTIONS)):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key} must be one of {', '.join(choices)}")
+        if self.residual_std <= 0:
+            raise ValueError("residual_std must be positive")
 
 
 def size_of_weights(weights: Mapping[str, Tensor]) -> str | dict[str, Any] | None:
     """The size of a decoder with these tensors, as `SSDD` takes it; None where they are not those of a `FastDecoder`.
 
-    Tensors do not say what the network predicts: that of a file without a configuration is taken to be the residual.
+    Tensors do not say what the network predicts, nor the residual's deviation: those are taken to be the defaults.
     """
     if "image_to_trunk.weight" not in weights:
         return None
@@ -110,13 +113,15 @@ class FastCondition:
 class FastDecoder(nn.Module):
     """Velocity of an image given its latent and the time; no operation looks further than `halo` cells of the latent.
 
-    stride: that of the latent, a power of two. The linear base is zero until `set_base`.
+    stride: that of the latent, a power of two, else UserError. The linear base is zero until `set_base`.
     """
 
     recompute = False  # activations of the blocks in the backward pass; see ssdd.engine.recompute
 
     def __init__(self, size: FastSize, stride: int, z_dim: int):
         super().__init__()
+        if stride & (stride - 1):
+            raise UserError(f"fast decoders take latents whose stride is a power of two, got {stride}")
         self.size, self.stride, self.z_dim = size, stride, z_dim
         self.pixel_multiple = max(stride, TRUNK_STRIDE)
         self.token_blocks, self.token_width = size.depth, size.width
@@ -162,8 +167,8 @@ class FastDecoder(nn.Module):
 
     @property
     def halo(self) -> int:
-        """Cells of the latent that a pixel depends on, to each side of its cell of the trunk: one cell of its grid for
-        every 3x3 convolution.
+        """Cells of the latent that a pixel depends on, to each side of the cell that holds it, the larger one of latent
+        and trunk. Every 3x3 convolution counts as one cell of its grid.
         """
         pixels = self.size.depth * TRUNK_STRIDE + 4 + 2 + 1 + 1
         pixels += self.fold_in * self.stride  # the stem
@@ -257,7 +262,7 @@ class FastDecoder(nn.Module):
 
     @torch.no_grad()
     def fold(self, t: float = 1.0) -> FastDecoder:
-        """A copy for this time alone, without modulation: a plain convolutional network."""
+        """A copy without modulation, a plain convolutional network; its velocities are right at this time alone."""
         folded = copy.deepcopy(self)
         factors = self._factors(torch.full((), t, device=self.stem.weight.device))
         for block, (scale, gate) in zip(folded.trunk, factors, strict=True):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssdd import SSDD
 from ssdd.engine.checkpoint import save_tensors
+from ssdd.engine.errors import UserError
 from ssdd.engine.recompute import recompute_activations
 from ssdd.model.fast_decoder import FAST_SIZES, FastDecoder, FastSize, size_of_weights
 from ssdd.model.flow import predict_data
@@ -125,6 +126,10 @@ def test_sizes_are_checked():
         decoder(torch.zeros(1, 3, 24, 32), 1.0, torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match="does not fit 4 channels"):
         decoder(torch.zeros(1, 3, 32, 32), 1.0, torch.zeros(1, 3, 2, 2))
+    with pytest.raises(UserError, match="power of two, got 12"):
+        FastDecoder(TINY, 12, 4)
+    with pytest.raises(ValueError, match="residual_std must be positive"):
+        FastSize(16, 2, (8, 8, 4), residual_std=0)
 
 
 # In a tokenizer
@@ -168,6 +173,28 @@ def test_one_latent_serves_several_noises_and_slices_change_nothing():
         several = model.decoder.velocity(noise, torch.ones(()), condition)
         one = model.decoder.velocity(noise[1:2], torch.ones(()), condition)
     torch.testing.assert_close(several[1:2], one, rtol=1e-5, atol=1e-5)
+
+
+def test_one_image_stands_for_all_latents_and_other_numbers_are_refused():
+    decoder = tokenizer().decoder
+    z, x_t, t = torch.randn(3, 4, 2, 2), torch.randn(1, 3, 16, 16), torch.rand(3)
+    condition = decoder.condition(z, 16, 16)
+    with torch.no_grad():
+        several = decoder.velocity(x_t, t, condition)
+        torch.testing.assert_close(several[1:2], decoder(x_t, t[1:2], z[1:2]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="2 images, 3 latents and 1 times do not match"):
+        decoder.velocity(x_t.expand(2, -1, -1, -1), torch.ones(()), condition)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_it_compiles_to_one_graph_of_the_same_results(folded):
+    decoder = tokenizer(statistics=True).decoder
+    decoder = decoder.fold(1.0) if folded else decoder
+    x_t, z = torch.randn(2, 3, 16, 24), torch.randn(2, 4, 2, 3)
+    with torch.no_grad():
+        eager = decoder(x_t, 1.0, z)
+        decoder.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(decoder(x_t, 1.0, z), eager)
 
 
 def test_half_precision_stays_near_float32():
