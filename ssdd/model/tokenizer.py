@@ -134,11 +134,11 @@ class SSDD(nn.Module):
     def enable_tiling(self, tile: int | None = 512, overlap: int = 128, progress: bool = False) -> None:
         """Decode images with a side above `tile` pixels in tiles, which bounds the memory; None: whole.
 
-        A decoder with a finite halo (family F) decodes every tile with its halo: the result is the whole image's, and
-        `overlap` is not used. With others, tiles overlap and are blended; they see neither each other's group norm
-        statistics nor tokens further than their edges, so results differ slightly from a whole decode. Where the
-        output depends on the image within overlap / 4 pixels only, there is no difference. progress: show a bar.
-        ValueError if `overlap` is not below `tile`.
+        A decoder with a finite halo (family F) decodes every tile with its halo: the result is the whole image's up to
+        rounding, and `overlap` is not used. With others, tiles overlap and are blended; they see neither each other's
+        group norm statistics nor tokens further than their edges, so results differ slightly from a whole decode.
+        Where the output depends on the image within overlap / 4 pixels only, there is no difference. progress: show a
+        bar. ValueError if `overlap` is not below `tile`.
         """
         self._tiling, self._progress = None if tile is None else (tile, overlap), progress
         if tile is not None:
@@ -161,7 +161,7 @@ class SSDD(nn.Module):
         generator: torch.Generator | None = None,
         x0_clamp: bool = False,
     ) -> Tensor:
-        """Latent [B, c, h, w] -> image [B, 3, h f, w f], float32, about [-1, 1].
+        """Latent [B, c, h, w] -> image [B, 3, h f, w f], float32 (float64 from such noise), about [-1, 1].
 
         Starts from `noise` (of the image's shape), else from noise drawn with `generator`; the result is a function of
         z and that noise. `steps` defaults to fm_sampler's; `x0_clamp` clamps the result to [-1, 1]. UserError for more
