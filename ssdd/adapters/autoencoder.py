@@ -246,7 +246,7 @@ class AutoencoderSSDD(ModelMixin, ConfigMixin):
         self.tokenizer.enable_slicing(None)
 
     def enable_tiling(self, tile: int | None = 512, overlap: int = 128) -> None:
-        """Decode large images in overlapping tiles; see `SSDD.enable_tiling`."""
+        """Decode large images in tiles; see `SSDD.enable_tiling`."""
         self.tokenizer.enable_tiling(tile, overlap)
 
     def disable_tiling(self) -> None:

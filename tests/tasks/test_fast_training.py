@@ -23,12 +23,8 @@ def small(monkeypatch):
 
 def test_it_trains_and_is_distilled_as_any_decoder(small, tmp_path):
     def train(name: str, *arguments: str) -> dict:
-        options = [
-            *ARGUMENTS,
-            "ssdd.decoder=F-XS",
-            "training.optimizer=adamw",
-        ]  # the default changes nothing in its first steps
-        argv = [*options, f"ckpt_dir={tmp_path}", f"run_name={name}", *arguments]
+        options = ["ssdd.decoder=F-XS", "training.optimizer=adamw"]  # the default changes nothing in its first steps
+        argv = [*ARGUMENTS, *options, f"ckpt_dir={tmp_path}", f"run_name={name}", *arguments]
         return run(parse(SSDDConfig, argv, program="ssdd", description=""))
 
     train("teacher", "training.steps=3", "ssdd.encoder_train=true")
