@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ssdd.engine.recompute import run_block
 from ssdd.model.attention import RelativePositionBias, WindowAttention, WindowGeometry
+from ssdd.model.flow import common_batch
 from ssdd.model.layers import Downsample, FeedForward, ResnetBlock, TimeEmbedding, Upsample
 from ssdd.model.norms import AdaLayerNorm, GroupNorm, add, silu
 
@@ -292,11 +293,7 @@ class UViTDecoder(nn.Module):
         One image stands for all where there are several z, and one z where there are several images. ValueError where
         their numbers, or that of the times, do not match.
         """
-        images, latents, times = len(x_t), len(condition.z_input), t.numel()
-        batch = max(images, latents)
-        if not {images, latents, times} <= {1, batch}:
-            raise ValueError(f"{images} images, {latents} latents and {times} times do not match")
-        x_t = x_t.expand(batch, -1, -1, -1)
+        x_t = x_t.expand(common_batch(len(x_t), len(condition.z_input), t.numel()), -1, -1, -1)
         return (self._compiled or self._velocity_and_tokens)(x_t, t, condition, keep)
 
     def _velocity_and_tokens(

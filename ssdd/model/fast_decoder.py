@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ssdd.engine.errors import UserError
 from ssdd.engine.recompute import run_block
 from ssdd.model.convolution_blocks import BLOCKS, DepthwiseBlock, PlainBlock, ShuffleUp
-from ssdd.model.flow import at_least_float32, expand_time
+from ssdd.model.flow import at_least_float32, common_batch, expand_time
 from ssdd.model.layers import TimeEmbedding
 
 TRUNK_STRIDE = 8
@@ -224,9 +224,7 @@ class FastDecoder(nn.Module):
         One image stands for all where there are several z, and one z where there are several images. ValueError where
         their numbers, or that of the times, do not match.
         """
-        images, latents, times = len(x_t), len(condition.base), t.numel()
-        if not {images, latents, times} <= {1, max(images, latents)}:
-            raise ValueError(f"{images} images, {latents} latents and {times} times do not match")
+        common_batch(len(x_t), len(condition.base), t.numel())
         return (self._compiled or self._velocity_and_tokens)(x_t, t, condition, keep)
 
     def _velocity_and_tokens(

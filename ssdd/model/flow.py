@@ -27,6 +27,17 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def common_batch(images: int, latents: int, times: int) -> int:
+    """The size of the batch where each of the three has one entry for all, or one for each of the batch.
+
+    The batch is that of the images or latents; ValueError where the numbers do not match.
+    """
+    batch = max(images, latents)
+    if not {images, latents, times} <= {1, batch}:
+        raise ValueError(f"{images} images, {latents} latents and {times} times do not match")
+    return batch
+
+
 def expand_time(t: Tensor, x: Tensor) -> Tensor:
     """t, a scalar or [B], shaped to broadcast over x [B, ...]."""
     return t if t.ndim == 0 else t.reshape(-1, *[1] * (x.ndim - 1))
