@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> None:
     from dit.config import DiTConfig
     from ssdd.engine.cli import parse
+    from ssdd.engine.run import run_alone
 
     description = "Train, sample and evaluate class-conditional generators on a latent cache."
     cfg = parse(DiTConfig, argv, program="dit", description=description)
@@ -29,13 +30,9 @@ def _run(argv: list[str]) -> None:
         from dit.tasks.sample import run
     else:
         from dit.evaluation.evaluate import run
-    if cfg.task != "train" or cfg.dry_run:
-        run(cfg)
-        return
-    from ssdd.engine.processes import Processes
-    from ssdd.engine.run import RunDirectory
-
-    with RunDirectory(cfg.ckpt_dir, cfg.run_name).claimed(Processes.join().is_main):
+    if cfg.task == "train":
+        run_alone(run, cfg)
+    else:
         run(cfg)
 
 

@@ -23,6 +23,7 @@ def _run(argv: list[str]) -> None:
 
     from ssdd.config import SSDDConfig
     from ssdd.engine.cli import parse
+    from ssdd.engine.run import run_alone
 
     description = "Train, distil and evaluate an image tokenizer with a single-step diffusion decoder."
     cfg = parse(SSDDConfig, argv, program="ssdd", description=description)
@@ -36,13 +37,9 @@ def _run(argv: list[str]) -> None:
         from ssdd.tasks.z_stats import run
     else:
         from ssdd.tasks.judge_training import run
-    if cfg.task != "train" or cfg.dry_run:
-        run(cfg)
-        return
-    from ssdd.engine.processes import Processes
-    from ssdd.engine.run import RunDirectory
-
-    with RunDirectory(cfg.ckpt_dir, cfg.run_name).claimed(Processes.join().is_main):
+    if cfg.task == "train":
+        run_alone(run, cfg)
+    else:
         run(cfg)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from ssdd.engine.locks import Lock
 
 
 class RunDirectory:
-    """``<ckpt_dir>/jobs/<run_name>``. Nothing is created before something is written; only the main process writes."""
+    """``<ckpt_dir>/jobs/<run_name>``; only the main process writes.
+
+    Nothing is created before something is written, but for the folder itself, which `claimed` needs.
+    """
 
     def __init__(self, ckpt_dir: str | os.PathLike[str], run_name: str):
         if not run_name or run_name.startswith(".") or set(run_name) & set("/\\@") or run_name.isspace():
@@ -122,3 +125,14 @@ class RunDirectory:
     def write_result(self, obj: Any) -> None:
         """Write ``task_result.json``."""
         write_json(self.result, obj)
+
+
+def run_alone(run: Callable[[Any], Any], cfg: Any) -> None:
+    """run(cfg), a training, as the only one of its run; a dry run writes nothing and waits for none."""
+    from ssdd.engine.processes import Processes
+
+    if cfg.dry_run:
+        run(cfg)
+        return
+    with RunDirectory(cfg.ckpt_dir, cfg.run_name).claimed(Processes.join().is_main):
+        run(cfg)
